@@ -1,0 +1,325 @@
+"""Every setting of ditcli as a frozen dataclass: defaults, help texts and validation live here and nowhere else.
+
+Free of torch, numpy and click, so that ``ditcli train --help`` reads it in milliseconds. A field made with `option`
+becomes a command-line option of the same name with hyphens; ``__post_init__`` raises a ``ValueError`` that names the
+field, its value and what is allowed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Self, get_args
+
+Conditioning = Literal["adaln-zero", "adaln", "cross-attention", "in-context"]
+ScheduleName = Literal["linear", "cosine", "flow"]
+Prediction = Literal["eps", "x0", "v", "flow"]
+Loss = Literal["mse", "l1"]
+SamplerName = Literal["ddim", "ddpm"]
+Precision = Literal["auto", "bf16", "fp32"]
+
+DEFAULT_VAE = "stabilityai/sd-vae-ft-ema"
+
+# Paper table 1: depth, width, heads.
+DIT_SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
+
+
+def option(default: Any, help: str, *, choices: Any = None) -> Any:
+    """A dataclass field that is also a command-line option; `choices` is a ``Literal`` or a tuple of strings."""
+    choices = get_args(choices) or choices
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+def suggest(word: str, known: list[str] | tuple[str, ...]) -> str:
+    """`" Did you mean 'x'?"` for the nearest known word, or an empty string."""
+    near = difflib.get_close_matches(word.lower(), [k.lower() for k in known], n=1)
+    original = {k.lower(): k for k in known}
+    return f" Did you mean {original[near[0]]!r}?" if near else ""
+
+
+class Config:
+    """What all configs share: strict reading from a dictionary and checks that name the field."""
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Build from a dictionary whose keys may use hyphens or underscores; an unknown key is a ValueError."""
+        known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+        values = {key.replace("-", "_"): value for key, value in values.items()}
+        for key in values:
+            if key not in known:
+                hint = suggest(key, known) or f" Known: {', '.join(known)}."
+                raise ValueError(f"unknown setting {key!r} in {cls.__name__}.{hint}")
+        lists = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
+        return cls(**(values | lists))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return dataclasses.asdict(self)  # type: ignore[call-overload]
+
+    def _check(self, name: str, ok: bool, allowed: str) -> None:
+        if not ok:
+            raise ValueError(f"{name.replace('_', '-')} is {getattr(self, name)!r}, but must be {allowed}.")
+
+    def _check_types(self) -> None:
+        """Each value has the type its annotation names (an int passes for a float), and is one of its choices."""
+        for f in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, f.name)
+            kinds = [kind.strip() for kind in str(f.type).split("|")]
+            if value is None and "None" in kinds:
+                continue
+            choices = f.metadata.get("choices")
+            if choices:
+                hint = suggest(value, choices) if isinstance(value, str) else ""
+                self._check(f.name, value in choices, f"one of {', '.join(choices)}.{hint}".rstrip("."))
+                continue
+            if "float" in kinds and isinstance(value, int) and not isinstance(value, bool):
+                object.__setattr__(self, f.name, float(value))
+                continue
+            named = {"int": int, "float": float, "str": str, "bool": bool}
+            allowed = [named[kind] for kind in kinds if kind in named]
+            if allowed:
+                self._check(f.name, type(value) in allowed, " or ".join(kind.__name__ for kind in allowed))
+
+    def _check_at_least(self, minimum: float, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            self._check(name, value is None or value >= minimum, f"at least {minimum}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiTConfig(Config):
+    """The shape of a Diffusion Transformer; `input_size` is the (height, width) of its input."""
+
+    input_size: tuple[int, int] = (32, 32)
+    in_channels: int = 4
+    out_channels: int = 8
+    patch_size: int = 2
+    width: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    mlp_ratio: float = 4.0
+    num_classes: int = 1000
+    conditioning: Conditioning = "adaln-zero"
+
+    def __post_init__(self) -> None:
+        self._check_types()
+        self._check("conditioning", self.conditioning in get_args(Conditioning), f"one of {get_args(Conditioning)}")
+        self._check_at_least(1, "in_channels", "out_channels", "patch_size", "width", "depth", "num_heads")
+        self._check_at_least(0, "num_classes")
+        self._check("width", self.width % 4 == 0, "a multiple of 4 (2-D sin-cos positions)")
+        self._check("num_heads", self.width % self.num_heads == 0, f"a divisor of width {self.width}")
+        self._check("mlp_ratio", self.mlp_ratio > 0, "positive")
+        fits = len(self.input_size) == 2 and all(n > 0 and n % self.patch_size == 0 for n in self.input_size)
+        self._check("input_size", fits, f"two multiples of the patch size {self.patch_size}")
+
+
+def parse_model_name(name: str) -> dict[str, int]:
+    """`"DiT-B/2"` -> its depth, width, heads and patch size (paper table 1)."""
+    match = re.fullmatch(r"DiT-(S|B|L|XL)/(\d+)", name, flags=re.IGNORECASE)
+    names = [f"DiT-{size}/{patch}" for size in DIT_SIZES for patch in (2, 4, 8)]
+    if not match:
+        hint = suggest(name, names)
+        raise ValueError(f"model is {name!r}, but must be DiT-S, -B, -L or -XL with a patch size, as in DiT-B/2.{hint}")
+    depth, width, num_heads = DIT_SIZES[match[1].upper()]
+    return {"depth": depth, "width": width, "num_heads": num_heads, "patch_size": int(match[2])}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionConfig(Config):
+    """The noising process and what the network predicts of it."""
+
+    schedule: ScheduleName = "linear"
+    num_timesteps: int = 1000
+    prediction: Prediction = "eps"
+    learn_sigma: bool = False
+
+    def __post_init__(self) -> None:
+        self._check_types()
+        self._check("schedule", self.schedule in get_args(ScheduleName), f"one of {get_args(ScheduleName)}")
+        self._check("prediction", self.prediction in get_args(Prediction), f"one of {get_args(Prediction)}")
+        self._check_at_least(2, "num_timesteps")
+        if self.schedule == "flow":
+            # At t = 1 flow matching has alpha = 0: eps says nothing there of x0.
+            self._check("prediction", self.prediction != "eps", "x0, v or flow with the flow schedule")
+            self._check(
+                "learn_sigma", not self.learn_sigma, "off with the flow schedule, which has no variance to learn"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Config):
+    """`ditcli train`: the defaults are those of the paper (section 4)."""
+
+    data: str = option("", "Folder of images, or the name of an embedded data set (fashion-mnist).")
+    out: str | None = option(None, "Run folder.  [default: runs/DATA-MODEL-SIZE]")
+    label_attr: str = option("Male", "CelebA attribute that gives the two classes.")
+    image_size: int = option(256, "Side of the square that images are cropped and resized to.")
+    flip: bool = option(True, "Train on left-right flipped images too.")
+    strict: bool = option(False, "Stop at the first unreadable image instead of leaving it out.")
+
+    vae: str | None = option(None, f"VAE: a local folder or a Hub repository.  [default: {DEFAULT_VAE}]")
+    pixels: bool = option(False, "Train on pixels, without a VAE.")
+
+    model: str = option("DiT-B/2", "Named size: DiT-S, -B, -L or -XL with the patch size behind the slash.")
+    depth: int | None = option(None, "Number of blocks.  [default: the named size's]")
+    width: int | None = option(None, "Width of the tokens.  [default: the named size's]")
+    num_heads: int | None = option(None, "Attention heads.  [default: the named size's]")
+    patch_size: int | None = option(None, "Side of a patch.  [default: the named size's]")
+    mlp_ratio: float = option(4.0, "Hidden width of the MLP over the width of the tokens.")
+    conditioning: Conditioning = option("adaln-zero", "How blocks see time and label.", choices=Conditioning)
+
+    schedule: ScheduleName = option("linear", "Noise schedule.", choices=ScheduleName)
+    num_timesteps: int = option(1000, "Steps of the noise schedule.")
+    prediction: Prediction | None = option(
+        None, "What the network predicts.  [default: flow for --schedule flow, else eps]", choices=Prediction
+    )
+    learn_sigma: bool | None = option(
+        None, "Learn the variance of the reverse process too.  [default: with --prediction eps and --loss mse]"
+    )
+    loss: Loss = option("mse", "Distance between prediction and target.", choices=Loss)
+    label_dropout: float = option(0.1, "Chance that a label is replaced by the null class, for guidance.")
+
+    steps: int = option(400_000, "Optimiser steps in all.")
+    batch_size: int = option(256, "Images per optimiser step.")
+    micro_batch: int | None = option(None, "Images per forward pass; gradients accumulate.  [default: batch size]")
+    lr: float = option(1e-4, "Learning rate of AdamW.")
+    lr_schedule: Literal["constant", "cosine"] = option(
+        "constant", "Learning rate after warm-up.", choices=("constant", "cosine")
+    )
+    warmup_steps: int = option(0, "Steps over which the learning rate rises from 0.")
+    weight_decay: float = option(0.0, "Weight decay of AdamW.")
+    beta1: float = option(0.9, "AdamW: decay of the first moment.")
+    beta2: float = option(0.999, "AdamW: decay of the second moment.")
+    clip_grad: float = option(0.0, "Clip the gradient norm to this; 0 leaves it.")
+    ema_decay: float = option(0.9999, "Decay of the averaged weights that samples are drawn from.")
+    ema_warmup: bool = option(True, "Let the decay rise as (1 + step) / (10 + step).")
+
+    seed: int = option(0, "Seed of everything random.")
+    device: str = option("auto", "auto, cpu, cuda or cuda:N.")
+    precision: Precision = option("auto", "auto is bf16 where the hardware has it.", choices=Precision)
+    num_workers: int | None = option(None, "Threads that read images.  [default: number of cores]")
+
+    log_every: int = option(50, "Steps between lines of metrics.csv.")
+    checkpoint_every: int = option(1000, "Steps between checkpoints.")
+    keep_checkpoints: int = option(3, "Checkpoints to keep; 0 keeps all.")
+    sample_every: int = option(1000, "Steps between sample grids; 0 draws none.")
+    sample_num: int = option(4, "Samples per class in a grid (of at most 8 classes).")
+    sample_cfg: float = option(4.0, "Guidance scale of the sample grids.")
+    sample_steps: int = option(50, "Sampler steps of the sample grids.")
+
+    # May differ when a run goes on: they change neither what is learnt nor in which order.
+    RESUMABLE: ClassVar[tuple[str, ...]] = (
+        *("out", "steps", "micro_batch", "device", "num_workers", "log_every", "checkpoint_every", "keep_checkpoints"),
+        *("sample_every", "sample_num", "sample_cfg", "sample_steps"),
+    )
+
+    def __post_init__(self) -> None:
+        self._check_types()
+        self._check_at_least(
+            1, "image_size", "depth", "width", "num_heads", "patch_size", "steps", "batch_size", "micro_batch"
+        )
+        self._check_at_least(1, "log_every", "checkpoint_every", "sample_num", "sample_steps", "num_workers")
+        self._check_at_least(2, "num_timesteps")
+        self._check_at_least(
+            0, "seed", "warmup_steps", "weight_decay", "clip_grad", "keep_checkpoints", "sample_every", "sample_cfg"
+        )
+        for name in ("label_dropout", "ema_decay", "beta1", "beta2"):
+            self._check(name, 0 <= getattr(self, name) < 1, "at least 0 and less than 1")
+        self._check("lr", self.lr > 0, "positive")
+        if self.micro_batch is not None:
+            self._check(
+                "micro_batch", self.batch_size % self.micro_batch == 0, f"a divisor of batch-size {self.batch_size}"
+            )
+        if self.pixels and self.vae is not None:
+            raise ValueError(f"pixels and vae {self.vae!r} exclude each other: give one of them.")
+        if self.model_shape()["patch_size"] > self.image_size:
+            raise ValueError(f"image-size is {self.image_size}, smaller than a patch.")
+        self.diffusion()
+
+    @property
+    def codec(self) -> str:
+        """The codec's name: `pixels`, or the VAE's."""
+        return "pixels" if self.pixels else self.vae or DEFAULT_VAE
+
+    def model_shape(self) -> dict[str, int]:
+        """Depth, width, heads and patch size: the named size's, where no option says otherwise."""
+        shape = parse_model_name(self.model)
+        return {key: getattr(self, key) or value for key, value in shape.items()}
+
+    def diffusion(self) -> DiffusionConfig:
+        """The noising process, with what was left open settled."""
+        prediction = self.prediction or ("flow" if self.schedule == "flow" else "eps")
+        learn_sigma = self.learn_sigma
+        if learn_sigma is None:
+            learn_sigma = self.schedule != "flow" and prediction == "eps" and self.loss == "mse"
+        return DiffusionConfig(
+            schedule=self.schedule, num_timesteps=self.num_timesteps, prediction=prediction, learn_sigma=learn_sigma
+        )
+
+    def dit(self, *, input_shape: tuple[int, int, int], num_classes: int) -> DiTConfig:
+        """The network for inputs of shape (channels, height, width)."""
+        channels, height, width = input_shape
+        return DiTConfig(
+            input_size=(height, width),
+            in_channels=channels,
+            out_channels=channels * (2 if self.diffusion().learn_sigma else 1),
+            mlp_ratio=self.mlp_ratio,
+            num_classes=num_classes,
+            conditioning=self.conditioning,
+            **self.model_shape(),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig(Config):
+    """`ditcli sample`."""
+
+    model: str | None = option(None, "Run folder or checkpoint file.  [default: the newest run]")
+    labels: tuple[str, ...] = option((), "Classes to draw, by name.  [default: every class]")
+    num: int = option(1, "Images per label, or in all for a model without labels.")
+    cfg: float = option(4.0, "Scale of classifier-free guidance; 1 is none.")
+    sampler: SamplerName = option("ddim", "Sampler.", choices=SamplerName)
+    steps: int = option(50, "Sampler steps.")
+    eta: float = option(0.0, "DDIM: 0 is deterministic, 1 adds the noise of DDPM.")
+    seed: int = option(0, "Seed of the starting noise.")
+    ema: bool = option(True, "Sample from the averaged weights.")
+    out: str = option("samples", "Folder for the images.")
+    grid: bool = option(False, "Write one picture with a row per label as well.")
+    batch_size: int = option(16, "Images drawn at a time; changes no image.")
+    vae: str | None = option(None, "Decode with this VAE instead of the one the model was trained with.")
+    device: str = option("auto", "auto, cpu, cuda or cuda:N.")
+    precision: Precision = option("fp32", "auto is bf16 where the hardware has it.", choices=Precision)
+
+    def __post_init__(self) -> None:
+        self._check_types()
+        self._check_at_least(1, "num", "steps", "batch_size")
+        self._check_at_least(0, "cfg", "seed", "eta")
+        self._check("eta", self.eta == 0 or self.sampler == "ddim", "0 with --sampler ddpm")
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "celeba": {
+        "model": "DiT-B/2",
+        "depth": 10,
+        "num_heads": 8,
+        "width": 768,
+        "schedule": "cosine",
+        "num_timesteps": 500,
+        "loss": "l1",
+        "lr": 2e-5,
+        "batch_size": 200,
+    },
+    "mnist": {
+        "pixels": True,
+        "image_size": 28,
+        "flip": False,
+        "patch_size": 2,
+        "width": 288,
+        "num_heads": 6,
+        "depth": 6,
+        "num_timesteps": 400,
+    },
+}  # fmt: skip
