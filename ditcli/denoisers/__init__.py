@@ -1,0 +1,1 @@
+"""Networks in their runtimes, each a `ditcli.diffusion.denoiser.Denoiser`."""

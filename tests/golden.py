@@ -1,0 +1,46 @@
+"""Reading the reference numbers of ../shared/golden."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from ditcli.config import DiffusionConfig, DiTConfig
+from ditcli.models.dit import DiT
+
+
+def load_golden(shared: Path, name: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """A fixture's tensors and its description."""
+    folder = shared / "golden"
+    return load_file(folder / f"{name}.safetensors"), json.loads((folder / f"{name}.json").read_text())
+
+
+def reference_dit(tensors: dict[str, torch.Tensor], description: dict[str, Any]) -> DiT:
+    """Our network with the reference's weights."""
+    config = description["config"]
+    channels = config["in_channels"]
+    model = DiT(
+        DiTConfig(
+            input_size=(config["input_size"],) * 2,
+            in_channels=channels,
+            out_channels=2 * channels if config["learn_sigma"] else channels,
+            patch_size=config["patch_size"],
+            width=config["hidden_size"],
+            depth=config["depth"],
+            num_heads=config["num_heads"],
+            mlp_ratio=config["mlp_ratio"],
+            num_classes=config["num_classes"],
+        )
+    )
+    weights = {key[2:]: value for key, value in tensors.items() if key.startswith("w.")}
+    del weights["pos_embed"]
+    model.load_state_dict(weights)
+    return model.eval()
+
+
+def reference_diffusion(description: dict[str, Any]) -> DiffusionConfig:
+    return DiffusionConfig(learn_sigma=description["config"]["learn_sigma"])
