@@ -10,8 +10,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self, get_args
+
+from ditcli.errors import SettingError
 
 Conditioning = Literal["adaln-zero", "adaln", "cross-attention", "in-context"]
 ScheduleName = Literal["linear", "cosine", "flow"]
@@ -32,7 +35,7 @@ def option(default: Any, help: str, *, choices: Any = None) -> Any:
     return field(default=default, metadata={"help": help, "choices": choices})
 
 
-def suggest(word: str, known: list[str] | tuple[str, ...]) -> str:
+def suggest(word: str, known: Sequence[str]) -> str:
     """`" Did you mean 'x'?"` for the nearest known word, or an empty string."""
     near = difflib.get_close_matches(word.lower(), [k.lower() for k in known], n=1)
     original = {k.lower(): k for k in known}
@@ -50,7 +53,7 @@ class Config:
         for key in values:
             if key not in known:
                 hint = suggest(key, known) or f" Known: {', '.join(known)}."
-                raise ValueError(f"unknown setting {key!r} in {cls.__name__}.{hint}")
+                raise SettingError(f"unknown setting {key!r} in {cls.__name__}.{hint}")
         lists = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
         return cls(**(values | lists))
 
@@ -60,7 +63,7 @@ class Config:
 
     def _check(self, name: str, ok: bool, allowed: str) -> None:
         if not ok:
-            raise ValueError(f"{name.replace('_', '-')} is {getattr(self, name)!r}, but must be {allowed}.")
+            raise SettingError(f"{name.replace('_', '-')} is {getattr(self, name)!r}, but must be {allowed}.")
 
     def _check_types(self) -> None:
         """Each value has the type its annotation names (an int passes for a float), and is one of its choices."""
@@ -121,7 +124,9 @@ def parse_model_name(name: str) -> dict[str, int]:
     names = [f"DiT-{size}/{patch}" for size in DIT_SIZES for patch in (2, 4, 8)]
     if not match:
         hint = suggest(name, names)
-        raise ValueError(f"model is {name!r}, but must be DiT-S, -B, -L or -XL with a patch size, as in DiT-B/2.{hint}")
+        raise SettingError(
+            f"model is {name!r}, but must be DiT-S, -B, -L or -XL with a patch size, as in DiT-B/2.{hint}"
+        )
     depth, width, num_heads = DIT_SIZES[match[1].upper()]
     return {"depth": depth, "width": width, "num_heads": num_heads, "patch_size": int(match[2])}
 
@@ -233,9 +238,9 @@ class TrainConfig(Config):
                 "micro_batch", self.batch_size % self.micro_batch == 0, f"a divisor of batch-size {self.batch_size}"
             )
         if self.pixels and self.vae is not None:
-            raise ValueError(f"pixels and vae {self.vae!r} exclude each other: give one of them.")
+            raise SettingError(f"pixels and vae {self.vae!r} exclude each other: give one of them.")
         if self.model_shape()["patch_size"] > self.image_size:
-            raise ValueError(f"image-size is {self.image_size}, smaller than a patch.")
+            raise SettingError(f"image-size is {self.image_size}, smaller than a patch.")
         self.diffusion()
 
     @property
@@ -323,3 +328,50 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_timesteps": 400,
     },
 }  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(Config):
+    """All that a checkpoint says of itself: with the weights it is enough to sample."""
+
+    dit: DiTConfig
+    diffusion: DiffusionConfig
+    codec: str  # `pixels`, a VAE's folder or its Hub repository
+    image_size: int
+    class_names: tuple[str, ...] = ()
+    step: int = 0
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        dit = DiTConfig.from_dict(values.get("dit", {}))
+        return super().from_dict(
+            values | {"dit": dit, "diffusion": DiffusionConfig.from_dict(values.get("diffusion", {}))}
+        )
+
+    def __post_init__(self) -> None:
+        self._check_types()
+        names = f"as many as the model's {self.dit.num_classes} classes"
+        self._check("class_names", len(self.class_names) == self.dit.num_classes, names)
+        self._check("codec", bool(self.codec), "the name of a codec")
+        self._check_at_least(1, "image_size")
+        self._check_at_least(0, "step")
+
+
+# `ditcli demo`: what two CPU cores learn in about two minutes.
+DEMO: dict[str, Any] = {
+    "data": "fashion-mnist",
+    "pixels": True,
+    "image_size": 28,
+    "model": "DiT-S/4",
+    "width": 256,
+    "depth": 6,
+    "num_heads": 4,
+    "schedule": "flow",
+    "batch_size": 64,
+    "steps": 1500,
+    "lr": 5e-4,
+    "warmup_steps": 50,
+    "lr_schedule": "cosine",
+    "checkpoint_every": 500,
+    "sample_every": 500,
+}

@@ -1,12 +1,23 @@
 """The few exceptions whose message is written for the user.
 
-The command line prints the message as one sentence and exits with 1; anything else is a bug and keeps its traceback.
-Wrong settings are plain ``ValueError`` raised by the config that holds them, and exit with 2.
+The command line prints the message and exits with the code that the class names; any other exception is a bug.
 """
+
+from __future__ import annotations
+
+from typing import ClassVar
 
 
 class DitcliError(Exception):
     """Something the user can mend: the message says what was wrong, with the value, and what to do next."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class SettingError(DitcliError, ValueError):
+    """A setting out of range, unknown, or at odds with another."""
+
+    exit_code = 2
 
 
 class UnreadableImageError(DitcliError):
@@ -32,3 +43,9 @@ class CheckpointError(DitcliError):
 
 class ResumeError(DitcliError):
     """A run folder made with other settings than those asked for."""
+
+
+class Interrupted(DitcliError):
+    """Stopped by Ctrl-C or SIGTERM after saving; the message says how to go on."""
+
+    exit_code = 130

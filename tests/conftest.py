@@ -1,4 +1,4 @@
-"""What every test may use: the folder of real data and reference numbers, where it is there, and quiet threads."""
+"""What every test may use: the folder of real data and reference numbers, where it is there, and one thread."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # many tiny networks: threads cost more than they give, and the more so on a busy machine
 
 
 @pytest.fixture(scope="session")

@@ -17,9 +17,10 @@ from array_api_compat import array_namespace
 from ditcli.diffusion.denoiser import Denoiser
 from ditcli.diffusion.process import Array
 from ditcli.diffusion.schedule import Schedule
+from ditcli.errors import SettingError
 
 Noise = Callable[[], Array]
-Watch = Callable[[float, Array], None]
+Watch = Callable[[float, Array], object]
 
 
 def time_grid(schedule: Schedule, steps: int) -> list[float]:
@@ -32,7 +33,7 @@ def time_grid(schedule: Schedule, steps: int) -> list[float]:
         return [float(t) for t in np.linspace(1, 0, steps + 1)]
     last = schedule.num_steps - 1
     if steps > schedule.num_steps:
-        raise ValueError(f"steps is {steps}, but the model's noise schedule has only {schedule.num_steps}.")
+        raise SettingError(f"steps is {steps}, but the model's noise schedule has only {schedule.num_steps}.")
     visited = [last] if steps == 1 else [round(i * last / (steps - 1)) for i in range(steps)]
     return [(i + 1) / schedule.num_steps for i in reversed(visited)] + [0.0]
 
