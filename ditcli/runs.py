@@ -1,0 +1,113 @@
+"""The run folder: what lies where, and which checkpoint is the newest. Free of torch."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from ditcli.config import ModelConfig
+from ditcli.errors import CheckpointError, ModelNotFoundError
+
+RUNS = Path("runs")
+FORMAT = "ditcli-1"
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """`config.json`, `metrics.csv`, `loss.png`, `samples/` and `checkpoints/` of one training run.
+
+    A checkpoint of step 1000 is `step-00001000.safetensors`, the averaged weights with the whole config, beside
+    `step-00001000.state.safetensors`, what training needs to go on. The first is written last, so where it is both are.
+    """
+
+    path: Path
+
+    @property
+    def config_file(self) -> Path:
+        return self.path / "config.json"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "metrics.csv"
+
+    @property
+    def loss_file(self) -> Path:
+        return self.path / "loss.png"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def checkpoint_file(self, step: int) -> Path:
+        return self.checkpoints / f"step-{step:08}.safetensors"
+
+    def saved_steps(self) -> list[int]:
+        """Steps whose checkpoint is whole, oldest first."""
+        names = [re.fullmatch(r"step-(\d+)\.safetensors", path.name) for path in _files(self.checkpoints)]
+        steps = sorted(int(name[1]) for name in names if name)
+        return [step for step in steps if state_file(self.checkpoint_file(step)).is_file()]
+
+    def newest_checkpoint(self) -> Path:
+        """The last whole checkpoint; ModelNotFoundError where none was written yet."""
+        steps = self.saved_steps()
+        if not steps:
+            raise ModelNotFoundError(f"{self.path} has no checkpoint yet: let `ditcli train` reach its first.")
+        return self.checkpoint_file(steps[-1])
+
+    def read_config(self) -> dict[str, Any]:
+        """What `config.json` holds: `train`, `model`, `data` and `versions`."""
+        try:
+            values = json.loads(self.config_file.read_text())
+            if not isinstance(values, dict):
+                raise ValueError("not an object")
+        except ValueError as error:
+            raise CheckpointError(f"{self.config_file} is damaged ({error}).") from error
+        return values
+
+
+def state_file(checkpoint: Path) -> Path:
+    """The training state beside a checkpoint."""
+    return checkpoint.with_suffix(".state.safetensors")
+
+
+def is_run(path: Path) -> bool:
+    return (path / "config.json").is_file() and (path / "checkpoints").is_dir()
+
+
+def newest_run(root: Path = RUNS) -> RunDir:
+    """The run in `root` whose checkpoint was written last; ModelNotFoundError where there is none."""
+    runs = [RunDir(path) for path in root.iterdir() if is_run(path)] if root.is_dir() else []
+    ready = [run for run in runs if run.saved_steps()]
+    if not ready:
+        raise ModelNotFoundError(
+            f"there is no trained model in {root}/: train one with `ditcli train --data FOLDER`, or give --model."
+        )
+    return max(ready, key=lambda run: run.newest_checkpoint().stat().st_mtime_ns)
+
+
+def read_model_config(checkpoint: Path) -> ModelConfig:
+    """The config in a checkpoint's metadata; CheckpointError for any other file."""
+    try:
+        with safe_open(checkpoint, framework="np") as file:
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{checkpoint} is no checkpoint of ditcli, or a damaged one ({error}).") from error
+    if metadata.get("format") != FORMAT:
+        raise CheckpointError(f"{checkpoint} is a safetensors file, but not a checkpoint of ditcli (format {FORMAT}).")
+    try:
+        return ModelConfig.from_dict(json.loads(metadata["config"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{checkpoint} has a config that this version does not understand: {error}") from error
+
+
+def _files(folder: Path) -> list[Path]:
+    return list(folder.iterdir()) if folder.is_dir() else []
