@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ditcli.config import ModelConfig
 from ditcli.diffusion.process import Diffusion
+from ditcli.models.weights import load_dit
 
 
 @dataclass(frozen=True)
@@ -37,3 +40,17 @@ class TorchDenoiser:
 
     def to_numpy(self, array: Tensor) -> np.ndarray:
         return array.cpu().numpy()
+
+
+def open_denoiser(
+    checkpoint: Path, *, ema: bool = True, device: torch.device, dtype: torch.dtype = torch.float32
+) -> tuple[TorchDenoiser, ModelConfig]:
+    """The denoiser of a checkpoint, and what the checkpoint says of itself."""
+    model, config = load_dit(checkpoint, ema=ema)
+    return as_denoiser(model.to(device), config, dtype=dtype), config
+
+
+def as_denoiser(module: nn.Module, config: ModelConfig, *, dtype: torch.dtype) -> TorchDenoiser:
+    """A network as the denoiser that its config describes."""
+    shape = (config.dit.in_channels, *config.dit.input_size)
+    return TorchDenoiser(module, Diffusion(config.diffusion), shape, config.class_names, dtype)

@@ -1,0 +1,5 @@
+"""`python -m ditcli`."""
+
+from ditcli.cli.main import run
+
+run()

@@ -1,0 +1,77 @@
+"""The `ditcli` command: its subcommands are imported only when they run."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+
+import click
+
+import ditcli
+from ditcli.config import suggest
+from ditcli.errors import DitcliError
+
+# Name: (module in ditcli.cli, one line of help). Listing them here keeps `ditcli --help` from importing any.
+COMMANDS = {
+    "train": ("train", "Train a DiT on a folder of images."),
+    "sample": ("sample", "Draw images from a trained model."),
+    "demo": ("demo", "Train a small DiT on the embedded pictures and draw from it, in a few minutes."),
+}
+
+
+class Commands(click.Group):
+    """A group that knows its commands by name and line, and imports one when it is called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        return importlib.import_module(f"ditcli.cli.{COMMANDS[name][0]}").command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            ctx.fail(f"there is no command {args[0]!r}.{suggest(args[0], list(COMMANDS))}")
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(ditcli.__version__, prog_name="ditcli")
+def cli() -> None:
+    """Train, sample, export and score Diffusion Transformers (arXiv 2212.09748).
+
+    Begin with `ditcli demo`, or `ditcli train --data FOLDER` and then `ditcli sample`.
+    """
+
+
+def run() -> None:
+    """Entry point. Exit codes: 0 done, 1 failed, 2 used wrongly, 130 interrupted. DITCLI_DEBUG=1 shows tracebacks."""
+    try:
+        sys.exit(cli.main(standalone_mode=False, prog_name="ditcli", auto_envvar_prefix="DITCLI"))
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing left to flush at exit
+        sys.exit(0)
+    except (KeyboardInterrupt, click.Abort):
+        sys.exit(_fail("interrupted.", 130))
+    except DitcliError as error:
+        sys.exit(_fail(str(error), error.exit_code))
+
+
+def _fail(message: str, code: int) -> int:
+    if os.environ.get("DITCLI_DEBUG"):
+        raise
+    click.echo(f"Error: {message}", err=True)
+    return code

@@ -1,0 +1,96 @@
+"""Command-line options made from configs: a field is an option of the same name with hyphens."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from ditcli.config import PRESETS, Config, TrainConfig
+from ditcli.errors import SettingError
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+TYPES = {"int": click.INT, "float": click.FLOAT, "str": click.STRING}
+
+
+class Command(click.Command):
+    """A command whose options of many values take all words up to the next option: ``--labels male female``."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        many = {name for param in self.params if getattr(param, "multiple", False) for name in param.opts}
+        spread: list[str] = []
+        current = None
+        for position, word in enumerate(args):
+            if word == "--":
+                spread += args[position:]
+                break
+            if word.startswith("-"):
+                current = word if word in many else None
+                spread += [] if current else [word]
+            else:
+                spread += [current, word] if current else [word]
+        for name in many.intersection(args):
+            if name not in spread:
+                raise click.BadOptionUsage(name, f"Option {name!r} requires at least one value.", ctx)
+        return super().parse_args(ctx, spread)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The examples, as they were written."""
+        if self.epilog:
+            formatter.write_paragraph()
+            formatter.write("Examples:\n")
+            with formatter.indentation():
+                for line in self.epilog.strip().splitlines():
+                    formatter.write(f"  {line.strip()}\n")
+
+
+def config_options(config_class: type[Config]) -> Callable[[Function], Function]:
+    """Decorate a command with an option for each field of a config; an option that is not given is None."""
+
+    def decorate(function: Function) -> Function:
+        for field in reversed(dataclasses.fields(config_class)):  # type: ignore[arg-type]
+            function = _option(field)(function)
+        return function
+
+    return decorate
+
+
+def given(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that were given, on the command line or in the environment."""
+    return {name: value for name, value in options.items() if value not in (None, ())}
+
+
+def train_config(options: dict[str, Any], *, preset: str | None, file: Path | None) -> TrainConfig:
+    """Flag before environment before file before preset before default."""
+    return TrainConfig.from_dict(PRESETS.get(preset or "", {}) | (_read(file) if file else {}) | given(options))
+
+
+def _option(field: dataclasses.Field[Any]) -> Callable[[Function], Function]:
+    name = field.name.replace("_", "-")
+    kind = str(field.type).replace(" | None", "")
+    help = field.metadata["help"]
+    if field.default not in (None, "", ()) and "[default:" not in help:
+        shown = (name if field.default else f"no-{name}") if kind == "bool" else field.default
+        help = f"{help}  [default: {shown}]"
+    if kind == "bool":
+        return click.option(f"--{name}/--no-{name}", field.name, default=None, help=help)
+    if kind.startswith("tuple"):
+        return click.option(f"--{name}", field.name, multiple=True, metavar="NAME...", help=help)
+    choices = field.metadata["choices"]
+    return click.option(f"--{name}", field.name, type=click.Choice(choices) if choices else TYPES[kind], help=help)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        values = tomllib.loads(file.read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingError(f"{file} is not TOML: {error}") from error
+    try:
+        TrainConfig.from_dict(values)
+    except ValueError as error:
+        raise SettingError(f"{file}: {error}") from error
+    return {key.replace("-", "_"): value for key, value in values.items()}

@@ -1,0 +1,48 @@
+"""`ditcli train`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ditcli.cli.options import Command, config_options, train_config
+from ditcli.config import PRESETS, TrainConfig
+
+EXAMPLES = """
+ditcli train --data ./celeba --vae madebyollin/taesd --image-size 128 --model DiT-S/2
+ditcli train --data ./photos --pixels --image-size 64 --model DiT-S/4 --steps 20000
+ditcli train --data ./mnist --preset mnist
+ditcli train --data ./celeba --config my.toml --lr 2e-4 --dry-run
+"""
+
+
+@click.command("train", cls=Command, epilog=EXAMPLES)
+@config_options(TrainConfig)
+@click.option("--preset", type=click.Choice(list(PRESETS)), help="A saved set of the options above.")
+@click.option(
+    "--config", "file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="TOML file of options."
+)
+@click.option("--dry-run", is_flag=True, help="Settle everything, open the data, print sizes and exit.")
+def command(preset: str | None, file: Path | None, dry_run: bool, **options: Any) -> None:
+    """Train a DiT on a folder of images.
+
+    Understood: the CelebA layout, class subfolders, metadata.jsonl or metadata.csv with file_name and label, MNIST idx
+    files, and a flat folder without labels. Latents are encoded once and cached. To resume, run the same command again.
+    Options may also come from the environment (DITCLI_TRAIN_LR) or from a TOML file, in this order.
+    """
+    config = train_config(options, preset=preset, file=file)
+    if not config.data:
+        raise click.UsageError("Missing option '--data': the folder of images to train on.")
+    if dry_run:
+        from ditcli.training.setup import describe, prepare
+
+        click.echo(json.dumps(describe(prepare(config)), indent=2))
+        return
+    from ditcli.training.train import train
+
+    run = train(config)
+    click.echo(run.path)
+    click.echo(f"Draw from it with: ditcli sample --model {run.path}", err=True)

@@ -1,0 +1,1 @@
+"""Training: batches, objective, averaged weights, checkpoints and the loop around them."""

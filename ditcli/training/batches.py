@@ -1,0 +1,113 @@
+"""What the network is shown at each step: a function of (seed, step), never of what came before."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor
+
+from ditcli.codecs.codec import Codec
+from ditcli.config import TrainConfig
+from ditcli.data.latents import Latents
+from ditcli.diffusion.process import Diffusion
+
+# Latents stay on the training device when they take at most this part of its free memory.
+RESIDENT_SHARE = 0.4
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch on the device; `t` (N,) are times in (0, 1] as float64."""
+
+    x0: Tensor  # (N, C, h, w)
+    eps: Tensor  # (N, C, h, w)
+    labels: Tensor  # (N,), some of them the null class
+    t: np.ndarray
+
+    def split(self, size: int) -> list[Batch]:
+        """Micro-batches of `size` images: together they are the batch, whatever the size."""
+        return [
+            Batch(self.x0[part], self.eps[part], self.labels[part], self.t[part])
+            for part in (slice(start, start + size) for start in range(0, len(self.t), size))
+        ]
+
+
+class Batches:
+    """Batch number `step` as ``batches[step]``.
+
+    Every picture is seen once an epoch, in an order of its own; flips, times, noise and dropped labels are drawn anew.
+    """
+
+    def __init__(
+        self,
+        latents: Latents,
+        codec: Codec,
+        diffusion: Diffusion,
+        config: TrainConfig,
+        *,
+        num_classes: int,
+        device: torch.device,
+    ):
+        self.codec, self.diffusion, self.config = codec, diffusion, config
+        self.num_classes, self.device = num_classes, device
+        self.labels = latents.labels if latents.labels is not None else np.zeros(len(latents.moments), np.int64)
+        self.moments = latents.moments
+        self.flips = latents.moments.shape[1]
+        self.resident = None
+        if latents.moments.nbytes <= RESIDENT_SHARE * _free_memory(device):
+            self.resident = torch.from_numpy(np.array(latents.moments)).flatten(0, 1).to(device)
+
+    def __getitem__(self, step: int) -> Batch:
+        config = self.config
+        rng = np.random.default_rng((config.seed, 1, step))
+        images = self._images(step)
+        flipped = rng.random(len(images)) < 0.5 * config.flip
+        dropped = rng.random(len(images)) < config.label_dropout
+        t = self._times(rng, len(images))
+        generator = torch.Generator(self.device).manual_seed(int(rng.integers(2**63)))
+
+        moments = self._moments(images, flipped)
+        shape = (len(images), self.codec.latent_channels, *moments.shape[2:])
+        eps, posterior = torch.randn((2, *shape), generator=generator, device=self.device)
+        x0 = self.codec.to_latents(moments, posterior)
+        labels = np.where(dropped, self.num_classes, self.labels[images])
+        return Batch(x0, eps, torch.from_numpy(labels).to(self.device), t)
+
+    def _images(self, step: int) -> np.ndarray:
+        num, size = len(self.moments), self.config.batch_size
+        positions = np.arange(step * size, (step + 1) * size)
+        epochs = positions // num
+        orders = {int(epoch): _order(self.config.seed, int(epoch), num) for epoch in np.unique(epochs)}
+        return np.array([orders[int(epoch)][position] for epoch, position in zip(epochs, positions % num, strict=True)])
+
+    def _times(self, rng: np.random.Generator, num: int) -> np.ndarray:
+        steps = self.diffusion.schedule.num_steps
+        return rng.random(num) if steps is None else (1 + rng.integers(steps, size=num)) / steps
+
+    def _moments(self, images: np.ndarray, flipped: np.ndarray) -> Tensor:
+        rows = images * self.flips + flipped * (self.flips > 1)
+        if self.resident is not None:
+            moments = self.resident[torch.from_numpy(rows).to(self.device)]
+        else:
+            picked = np.stack([self.moments[row // self.flips, row % self.flips] for row in rows])
+            moments = torch.from_numpy(picked).to(self.device, non_blocking=True)
+        if self.flips == 1:  # a flip of the moments is the flip's moments
+            mirror = torch.from_numpy(flipped).to(self.device)[:, None, None, None]
+            moments = torch.where(mirror, moments.flip(-1), moments)
+        return moments
+
+
+@lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, num: int) -> np.ndarray:
+    return np.random.default_rng((seed, 0, epoch)).permutation(num)
+
+
+def _free_memory(device: torch.device) -> int:
+    """Bytes that are free on a GPU, or in this machine."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available

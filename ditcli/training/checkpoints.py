@@ -1,0 +1,53 @@
+"""Writing checkpoints: safetensors alone, each file whole or not there."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ditcli.config import ModelConfig
+from ditcli.runs import FORMAT, RunDir, state_file
+
+
+def save_checkpoint(
+    run: RunDir, config: ModelConfig, average: nn.Module, state: Mapping[str, Tensor], *, keep: int
+) -> Path:
+    """Write the training state, then the averaged weights, whose presence says that both are whole.
+
+    `keep` newest checkpoints stay, all of them with 0. If the disk is full the former checkpoints are left as they are.
+    """
+    path = run.checkpoint_file(config.step)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write(state_file(path), state, {})
+    _write(path, average.state_dict(), {"format": FORMAT, "config": json.dumps(config.to_dict())})
+    for step in run.saved_steps()[:-keep] if keep else []:
+        old = run.checkpoint_file(step)
+        old.unlink()
+        state_file(old).unlink()
+    return path
+
+
+def remove_leftovers(run: RunDir) -> None:
+    """Clear what a killed run left half-written: partial files, and states whose weights were never written."""
+    if not run.checkpoints.is_dir():
+        return
+    whole = {run.checkpoint_file(step) for step in run.saved_steps()}
+    for file in run.checkpoints.iterdir():
+        if file not in whole and file not in {state_file(path) for path in whole}:
+            file.unlink()
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        save_file({key: value.detach().contiguous() for key, value in tensors.items()}, partial, metadata)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.rename(path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,25 @@
+"""Exponentially averaged weights, from which samples are drawn."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+
+def average_of(model: nn.Module) -> nn.Module:
+    """A copy of the model to hold the average."""
+    return copy.deepcopy(model).eval().requires_grad_(False)
+
+
+def ema_decay(decay: float, step: int, *, warmup: bool) -> float:
+    """The decay after `step` updates. With warm-up it rises as (1 + step) / (10 + step), so that a short run is averaged
+    over its own length instead of remembering its random start."""
+    return min(decay, (1 + step) / (10 + step)) if warmup else decay
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
+    """average = decay average + (1 - decay) model, all weights in one call."""
+    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
