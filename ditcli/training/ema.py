@@ -14,8 +14,11 @@ def average_of(model: nn.Module) -> nn.Module:
 
 
 def ema_decay(decay: float, step: int, *, warmup: bool) -> float:
-    """The decay after `step` updates. With warm-up it rises as (1 + step) / (10 + step), so that a short run is averaged
-    over its own length instead of remembering its random start."""
+    """The decay after `step` updates.
+
+    With warm-up it rises as (1 + step) / (10 + step), so that a short run is averaged over its own length instead of
+    remembering its random start.
+    """
     return min(decay, (1 + step) / (10 + step)) if warmup else decay
 
 

@@ -44,7 +44,8 @@ def prepare(config: TrainConfig) -> Setup:
     device = open_device(config.device)
     dataset = open_dataset(config.data, label_attr=config.label_attr)
     say(f"{config.data}: {dataset.layout}; {dataset.summary()}")
-    codec = open_named_codec(config.codec, device=device)
+    dtype = choose_dtype(config.precision, device)
+    codec = open_named_codec(config.codec, device=device, dtype=dtype)
     shape = codec.latent_shape(config.image_size, config.image_size)
     model = ModelConfig(
         dit=config.dit(input_shape=shape, num_classes=len(dataset.class_names)),
@@ -54,7 +55,7 @@ def prepare(config: TrainConfig) -> Setup:
         class_names=dataset.class_names,
     )
     run = RunDir(Path(config.out) if config.out else _default_folder(config))
-    return Setup(config, model, run, dataset, codec, device, choose_dtype(config.precision, device))
+    return Setup(config, model, run, dataset, codec, device, dtype)
 
 
 def describe(setup: Setup) -> dict[str, object]:

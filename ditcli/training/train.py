@@ -37,8 +37,8 @@ MOST_SKIPS_IN_A_ROW = 10
 def train(config: TrainConfig) -> RunDir:
     """Train, or go on with a run of the same settings; returns the run's folder.
 
-    Raises ResumeError where the folder holds a run of other settings, Interrupted after saving on Ctrl-C or SIGTERM, and
-    DitcliError when the loss stays not finite.
+    Raises ResumeError where the folder holds a run of other settings, Interrupted after saving on Ctrl-C or SIGTERM,
+    and DitcliError when gradients stay not finite.
     """
     setup = prepare(config)
     run = setup.run
@@ -157,8 +157,8 @@ def _save(setup: Setup, state: TrainState) -> None:
         save_checkpoint(setup.run, model, state.average, state.tensors(), keep=setup.config.keep_checkpoints)
     except OSError as error:
         raise DitcliError(
-            f"the checkpoint of step {state.step:,} could not be written to {setup.run.checkpoints} ({error.strerror}): "
-            "the former one is kept. Make room and run the same command again."
+            f"the checkpoint of step {state.step:,} could not be written to {setup.run.checkpoints} "
+            f"({error.strerror}): the former one is kept. Make room and run the same command again."
         ) from error
 
 

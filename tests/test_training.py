@@ -1,0 +1,358 @@
+"""Training: what is learnt does not depend on how a run is cut, killed, batched or observed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ditcli.codecs import PixelCodec
+from ditcli.config import DiffusionConfig, TrainConfig
+from ditcli.data.latents import Latents
+from ditcli.devices import choose_dtype, open_device
+from ditcli.diffusion.process import Diffusion
+from ditcli.errors import CheckpointError, DitcliError, ResumeError
+from ditcli.models.weights import load_dit
+from ditcli.runs import RunDir, state_file
+from ditcli.training.batches import Batches
+from ditcli.training.ema import average_of, ema_decay, update_average
+from ditcli.training.metrics import read_metrics, smooth
+from ditcli.training.objective import diffusion_loss
+from ditcli.training.train import learning_rate, train
+
+TINY = {
+    "data": "fashion-mnist",
+    "pixels": True,
+    "image_size": 28,
+    "model": "DiT-S/4",
+    "width": 32,
+    "depth": 2,
+    "num_heads": 2,
+    "batch_size": 16,
+    "steps": 12,
+    "lr": 1e-3,
+    "log_every": 3,
+    "checkpoint_every": 4,
+    "sample_every": 0,
+    "precision": "fp32",
+    "device": "cpu",
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _cache(tmp_path_factory) -> None:
+    os.environ["DITCLI_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    del os.environ["DITCLI_CACHE"]
+
+
+def run_tiny(out: Path, **changes) -> RunDir:
+    return train(TrainConfig.from_dict(TINY | {"out": str(out)} | changes))
+
+
+def assert_same_run(first: RunDir, second: RunDir) -> None:
+    """Weights, training state and losses are equal to the bit."""
+    paths = first.newest_checkpoint(), second.newest_checkpoint()
+    for one, other in (paths, tuple(state_file(path) for path in paths)):
+        expected, found = load_file(one), load_file(other)
+        assert expected.keys() == found.keys()
+        different = [k for k in expected if k != "seconds" and not torch.equal(expected[k], found[k])]
+        assert different == []
+    losses = [
+        [(row.step, row.loss, row.grad_norm) for row in read_metrics(run.metrics_file)] for run in (first, second)
+    ]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("schedule", ["linear", "flow"])
+def test_n_steps_equal_half_stop_resume_half(tmp_path, schedule):
+    whole = run_tiny(tmp_path / "whole", schedule=schedule)
+    run_tiny(tmp_path / "halves", schedule=schedule, steps=5)  # neither a row of metrics nor a checkpoint falls on 5
+    halves = run_tiny(tmp_path / "halves", schedule=schedule)
+    assert [row.step for row in read_metrics(whole.metrics_file)] == [3, 6, 9, 12]
+    rows = read_metrics(halves.metrics_file)
+    assert [row.step for row in rows] == [3, 5, 6, 9, 12]  # a run's end is a row of its own
+    for one, other in zip(_weights(whole), _weights(halves), strict=True):
+        assert torch.equal(one, other)
+
+
+def _weights(run: RunDir) -> list[torch.Tensor]:
+    path = run.newest_checkpoint()
+    return list(load_file(path).values()) + [v for k, v in load_file(state_file(path)).items() if k != "seconds"]
+
+
+def start(out: Path, **changes) -> subprocess.Popen[str]:
+    options = TINY | {"out": str(out)} | changes
+    words = [
+        f"--{'' if value is not False else 'no-'}{key.replace('_', '-')}"
+        + ("" if isinstance(value, bool) else f"={value}")
+        for key, value in options.items()
+    ]
+    return subprocess.Popen(
+        [sys.executable, "-m", "ditcli", "train", *words],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_kill_9_at_any_moment_loses_at_most_the_steps_since_the_last_checkpoint(tmp_path):
+    torch.set_num_threads(1)
+    settings = {"steps": 300, "checkpoint_every": 10, "keep_checkpoints": 2}
+    whole = run_tiny(tmp_path / "whole", **settings)
+    killed = RunDir(tmp_path / "killed")
+    moments = np.random.default_rng(0).uniform(0.0, 0.4, size=6)
+    for moment in moments:
+        process = start(killed.path, **settings)
+        reached = killed.saved_steps()[-1] if killed.saved_steps() else 0
+        while process.poll() is None and (killed.saved_steps() or [0])[-1] <= reached:
+            time.sleep(0.005)  # at least one checkpoint further each time
+        time.sleep(moment)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        newest = killed.saved_steps()[-1]
+        assert newest > reached
+        rows = read_metrics(killed.metrics_file)
+        assert rows[-1].step - newest <= 10 + TINY["log_every"]
+    killed_steps = killed.saved_steps()[-1]
+    run_tiny(killed.path, **settings)
+    assert 0 < killed_steps <= 300
+    assert_same_run(whole, killed)
+    assert sorted(p.name for p in killed.checkpoints.iterdir()) == sorted(p.name for p in whole.checkpoints.iterdir())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, number):
+    process = start(tmp_path / "run", steps=100_000, checkpoint_every=100_000)
+    run = RunDir(tmp_path / "run")
+    while process.poll() is None and not read_metrics(run.metrics_file):
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 130, told
+    assert "run the same command again" in told
+    assert "Traceback" not in told
+    assert run.saved_steps()[-1] >= 3
+    assert run.loss_file.is_file()
+
+
+def test_a_run_of_other_settings_is_refused_with_the_difference(tmp_path):
+    run_tiny(tmp_path, steps=1)
+    with pytest.raises(ResumeError) as error:
+        run_tiny(tmp_path, steps=1, lr=3e-3, width=64)
+    assert "lr: 0.001 there, 0.003 now" in str(error.value)
+    assert "width: 32 there, 64 now" in str(error.value)
+    run_tiny(tmp_path, steps=2, log_every=1, keep_checkpoints=1)  # these change nothing that is learnt
+
+
+def test_half_written_files_are_cleared_and_never_read(tmp_path):
+    run = run_tiny(tmp_path / "run", steps=8)
+    newest = run.checkpoint_file(8)
+    newest.unlink()  # as if killed between the state and the averaged weights
+    (run.checkpoints / f".{newest.name}.partial").write_bytes(b"half")
+    assert run.saved_steps() == [4]
+    resumed = run_tiny(tmp_path / "run", steps=8)
+    assert_same_run(run_tiny(tmp_path / "whole", steps=8), resumed)
+    assert not [p for p in run.checkpoints.iterdir() if "partial" in p.name]
+
+
+def test_a_full_disk_keeps_the_former_checkpoint(tmp_path, monkeypatch):
+    run = run_tiny(tmp_path / "run", steps=4)
+    from ditcli.training import checkpoints
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "save_file", full)
+    with pytest.raises(DitcliError, match="No space left on device"):
+        run_tiny(tmp_path / "run", steps=8)
+    assert run.saved_steps() == [4]
+    load_dit(run.newest_checkpoint())
+
+
+def test_old_checkpoints_are_removed(tmp_path):
+    assert run_tiny(tmp_path / "two", steps=12, keep_checkpoints=2).saved_steps() == [8, 12]
+    assert run_tiny(tmp_path / "all", steps=12, keep_checkpoints=0).saved_steps() == [4, 8, 12]
+
+
+def test_micro_batches_change_nothing_but_rounding(tmp_path):
+    whole = run_tiny(tmp_path / "whole", steps=3)
+    parts = run_tiny(tmp_path / "parts", steps=3, micro_batch=4)
+    for one, other in zip(read_metrics(whole.metrics_file), read_metrics(parts.metrics_file), strict=True):
+        assert one.loss == pytest.approx(other.loss, rel=1e-5)
+        assert one.grad_norm == pytest.approx(other.grad_norm, rel=1e-4)
+
+
+@pytest.mark.parametrize("conditioning", ["adaln", "cross-attention", "in-context"])
+@pytest.mark.parametrize(("schedule", "prediction"), [("linear", "v"), ("cosine", "x0"), ("flow", "flow")])
+def test_every_way_of_conditioning_and_predicting_learns(tmp_path, conditioning, schedule, prediction):
+    changes = {"conditioning": conditioning, "schedule": schedule, "prediction": prediction}
+    run = run_tiny(tmp_path, steps=60, lr=3e-3, log_every=15, checkpoint_every=60, **changes)
+    losses = [row.loss for row in read_metrics(run.metrics_file)]
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_bf16_learns_like_fp32(tmp_path):
+    fp32 = run_tiny(tmp_path / "fp32", steps=40, log_every=20)
+    bf16 = run_tiny(tmp_path / "bf16", steps=40, log_every=20, precision="bf16")
+    losses = [[row.loss for row in read_metrics(run.metrics_file)] for run in (fp32, bf16)]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=0.03)
+    assert {w.dtype for w in load_file(bf16.newest_checkpoint()).values()} == {torch.float32}
+
+
+def test_a_gradient_that_is_not_finite_changes_no_weight_and_stops_a_run_that_stays_so(tmp_path):
+    with pytest.raises(DitcliError, match="not finite"):
+        run_tiny(tmp_path, lr=1e30, steps=60)  # the first step blows the weights up
+
+
+def test_run_folder_explains_itself(tmp_path):
+    run = run_tiny(tmp_path / "run", steps=4, sample_every=2, sample_num=2, sample_steps=2)
+    assert sorted(p.name for p in run.samples.iterdir()) == ["step-00000002.png", "step-00000004.png"]
+    assert run.loss_file.read_bytes().startswith(b"\x89PNG")
+    saved = json.loads(run.config_file.read_text())
+    assert saved["train"]["lr"] == 1e-3
+    assert saved["model"]["class_names"][7] == "sneaker"
+    assert saved["versions"]["torch"] == torch.__version__
+    model, config = load_dit(run.newest_checkpoint())
+    raw, _ = load_dit(run.newest_checkpoint(), ema=False)
+    assert config.step == 4
+    assert not torch.equal(model.blocks[0].attn.qkv.weight, raw.blocks[0].attn.qkv.weight)
+
+
+def test_a_truncated_checkpoint_is_a_named_error(tmp_path):
+    run = run_tiny(tmp_path, steps=4)
+    path = run.newest_checkpoint()
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=path.name):
+        load_dit(path)
+
+
+# The pieces
+
+
+def some_latents(num: int = 10, flips: int = 1) -> Latents:
+    values = np.random.default_rng(0).integers(0, 256, (num, flips, 3, 4, 4), dtype=np.uint8)
+    return Latents(values, np.arange(num), ())
+
+
+def make_batches(latents: Latents, **changes) -> Batches:
+    config = TrainConfig.from_dict(TINY | {"batch_size": 4} | changes)
+    diffusion = Diffusion(config.diffusion())
+    return Batches(latents, PixelCodec(), diffusion, config, num_classes=10, device=torch.device("cpu"))
+
+
+def test_a_batch_is_a_function_of_seed_and_step():
+    batches, others = make_batches(some_latents()), make_batches(some_latents())
+    later = others[7]
+    for step in (3, 7):
+        batch = batches[step]
+    for key in ("x0", "eps", "labels"):
+        assert torch.equal(getattr(batch, key), getattr(later, key))
+    np.testing.assert_array_equal(batch.t, later.t)
+    assert not torch.equal(batch.eps, make_batches(some_latents(), seed=1)[7].eps)
+    assert not torch.equal(batch.eps, batches[8].eps)
+
+
+def test_an_epoch_shows_every_picture_once_though_batches_straddle_its_end():
+    batches = make_batches(some_latents(10), label_dropout=0.0)
+    seen = torch.cat([batches[step].labels for step in range(5)]).tolist()  # two epochs of ten
+    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
+    assert seen[:10] != seen[10:]
+
+
+def test_flips_drops_and_times_have_their_chances():
+    latents = some_latents(1, flips=1)
+    batches = make_batches(latents, batch_size=20_000)
+    batch = batches[0]
+    straight = torch.from_numpy(latents.moments[0, 0]).float() / 127.5 - 1
+    is_straight = (batch.x0 == straight).all(dim=(1, 2, 3))
+    is_flipped = (batch.x0 == straight.flip(-1)).all(dim=(1, 2, 3))
+    assert (is_straight | is_flipped).all()
+    assert abs(is_flipped.float().mean() - 0.5) < 0.02
+    assert abs((batch.labels == 10).float().mean() - 0.1) < 0.01
+    assert 1 / 1000 <= batch.t.min() < batch.t.max() == 1.0
+    assert abs(batch.t.mean() - 0.5) < 0.01
+    assert not make_batches(latents, batch_size=100, flip=False)[0].x0.sub(straight).any()
+
+
+def test_latents_on_disk_give_the_same_batches_as_latents_in_memory(monkeypatch):
+    resident = make_batches(some_latents(10, flips=2))
+    monkeypatch.setattr("ditcli.training.batches.RESIDENT_SHARE", 0.0)
+    on_disk = make_batches(some_latents(10, flips=2))
+    assert resident.resident is not None
+    assert on_disk.resident is None
+    for step in range(3):
+        assert torch.equal(resident[step].x0, on_disk[step].x0)
+
+
+def test_the_loss_of_a_perfect_prediction_is_zero_and_l1_is_l1():
+    batches = make_batches(some_latents())
+    diffusion, batch = Diffusion(DiffusionConfig(prediction="v")), batches[0]
+    target = diffusion.target(batch.x0, batch.eps, batch.t)
+    for loss, off, expected in [("mse", 0.0, 0.0), ("mse", 0.5, 0.25), ("l1", 0.5, 0.5)]:
+        found = diffusion_loss(lambda x, t, y, off=off: target + off, diffusion, batch, loss)
+        torch.testing.assert_close(found, torch.full((4,), expected), atol=1e-6, rtol=1e-5)
+
+
+def test_the_bound_trains_the_variance_alone():
+    batch = make_batches(some_latents())[0]
+    diffusion = Diffusion(DiffusionConfig(learn_sigma=True))
+    output = torch.zeros(4, 6, 4, 4, requires_grad=True)
+    diffusion_loss(lambda x, t, y: output, diffusion, batch, "mse").sum().backward()
+    with_bound = output.grad.clone()
+    output.grad = None
+    plain = Diffusion(DiffusionConfig(learn_sigma=False))
+    diffusion_loss(lambda x, t, y: output[:, :3], plain, batch, "mse").sum().backward()
+    torch.testing.assert_close(with_bound[:, :3], output.grad[:, :3])
+    assert with_bound[:, 3:].abs().max() > 0
+
+
+def test_ema_follows_its_definition_and_warms_up():
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 2)
+    average = average_of(model)
+    expected = model.weight.detach().clone()
+    for step in range(20):
+        with torch.no_grad():
+            model.weight.normal_()
+        decay = ema_decay(0.9, step, warmup=True)
+        assert decay == min(0.9, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * model.weight.detach()
+        update_average(average, model, decay)
+    torch.testing.assert_close(average.weight, expected)
+    assert ema_decay(0.9, 0, warmup=False) == 0.9
+
+
+def test_learning_rate_warms_up_and_falls():
+    config = TrainConfig.from_dict(TINY | {"lr": 1.0, "warmup_steps": 10, "lr_schedule": "cosine", "steps": 110})
+    assert learning_rate(config, 0) == pytest.approx(0.1)
+    assert learning_rate(config, 9) == 1.0
+    assert learning_rate(config, 60) == pytest.approx(0.5)
+    assert learning_rate(config, 109) < 1e-3
+    constant = TrainConfig.from_dict(TINY | {"lr": 1.0})
+    assert {learning_rate(constant, step) for step in range(12)} == {1.0}
+
+
+def test_devices_and_precision():
+    assert open_device("auto").type in ("cpu", "cuda")
+    with pytest.raises(ValueError, match="device is 'tpu'"):
+        open_device("tpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="--device cpu"):
+            open_device("cuda")
+    assert choose_dtype("fp32", torch.device("cpu")) == torch.float32
+    assert choose_dtype("bf16", torch.device("cpu")) == torch.bfloat16
+
+
+def test_smoothing_of_a_constant_is_the_constant():
+    assert smooth([2.0] * 5) == pytest.approx([2.0] * 5)
