@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Lint, formatting, types and tests, as CI runs them. Arguments go to pytest: scripts/test.sh -m slow
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+make_environment "[dev]"
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+.venv/bin/mypy
+.venv/bin/python -m pytest "$@"
