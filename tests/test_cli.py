@@ -22,7 +22,7 @@ from ditcli.images import read_png_metadata
 TINY = (
     "--data fashion-mnist --pixels --image-size 28 --model DiT-S/4 --width 32 --depth 2 --num-heads 2 --batch-size 16 "
     "--steps 6 --sample-every 0 --device cpu --precision fp32"
-).split()  # noqa: SIM905
+).split()
 
 
 @pytest.fixture(scope="module")
