@@ -15,6 +15,7 @@ from ditcli.errors import CheckpointError, ModelNotFoundError
 
 RUNS = Path("runs")
 FORMAT = "ditcli-1"
+VAE_FORMAT = "ditcli-vae-1"
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,16 @@ class RunDir:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    @property
+    def vae(self) -> Path:
+        """Of a run of `train-vae`: the newest averaged weights as a folder that diffusers opens."""
+        return self.path / "vae"
+
+    @property
+    def validation_file(self) -> Path:
+        """Of a run of `train-vae`: how well held-out pictures are reconstructed."""
+        return self.path / "validation.csv"
 
     def checkpoint_file(self, step: int) -> Path:
         return self.checkpoints / f"step-{step:08}.safetensors"
@@ -83,9 +94,13 @@ def is_run(path: Path) -> bool:
     return (path / "config.json").is_file() and (path / "checkpoints").is_dir()
 
 
+def is_vae_run(path: Path) -> bool:
+    return is_run(path) and (path / "vae").is_dir()
+
+
 def newest_run(root: Path = RUNS) -> RunDir:
     """The run in `root` whose checkpoint was written last; ModelNotFoundError where there is none."""
-    runs = [RunDir(path) for path in root.iterdir() if is_run(path)] if root.is_dir() else []
+    runs = [RunDir(path) for path in root.iterdir() if is_run(path) and not is_vae_run(path)] if root.is_dir() else []
     ready = [run for run in runs if run.saved_steps()]
     if not ready:
         raise ModelNotFoundError(
@@ -101,6 +116,8 @@ def read_model_config(checkpoint: Path) -> ModelConfig:
             metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{checkpoint} is no checkpoint of ditcli, or a damaged one ({error}).") from error
+    if metadata.get("format") == VAE_FORMAT:
+        raise CheckpointError(f"{checkpoint} is of a VAE: give its run to --vae, and a DiT trained with it to --model.")
     if metadata.get("format") != FORMAT:
         raise CheckpointError(f"{checkpoint} is a safetensors file, but not a checkpoint of ditcli (format {FORMAT}).")
     try:

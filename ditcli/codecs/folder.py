@@ -16,6 +16,7 @@ from torch import Tensor
 from ditcli.codecs.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from ditcli.codecs.autoencoder_tiny import AutoencoderTiny, AutoencoderTinyConfig
 from ditcli.codecs.codec import Autoencoder, AutoencoderCodec
+from ditcli.codecs.vq_model import VQModel, VQModelConfig
 from ditcli.errors import CheckpointError, ModelNotFoundError
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -33,7 +34,7 @@ def open_codec(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> AutoencoderCodec:
-    """The codec of an autoencoder's folder, or of a pipeline's whose `vae/` holds one.
+    """The codec of an autoencoder's folder, or of a pipeline's or a `ditcli train-vae` run's whose `vae/` holds one.
 
     `name` is what messages call it (default: the folder's name). `dtype` is torch.float32 or torch.bfloat16.
     Raises ModelNotFoundError where there is none, CheckpointError where it is damaged or of an unknown kind.
@@ -91,7 +92,7 @@ def _find(folder: Path) -> Path:
     if not folder.is_dir():
         found = "is a file" if folder.exists() else "does not exist"
         raise ModelNotFoundError(f"{folder} {found}; a VAE is a folder with config.json and {WEIGHTS}.")
-    for candidate in (folder, folder / "vae"):
+    for candidate in (folder / "vae", folder):  # A run has a config.json of its own.
         if (candidate / "config.json").is_file():
             return candidate
     raise ModelNotFoundError(
@@ -121,7 +122,9 @@ def _build(values: dict[str, Any]) -> Autoencoder:
         return AutoencoderKL(AutoencoderKLConfig.from_dict(values))
     if kind == "AutoencoderTiny":
         return AutoencoderTiny(AutoencoderTinyConfig.from_dict(values))
-    raise ValueError(f"_class_name is {kind!r}, but must be AutoencoderKL or AutoencoderTiny.")
+    if kind == "VQModel":
+        return VQModel(VQModelConfig.from_dict(values))
+    raise ValueError(f"_class_name is {kind!r}, but must be AutoencoderKL, AutoencoderTiny or VQModel.")
 
 
 def _rename_old_attention(state: dict[str, Tensor]) -> dict[str, Tensor]:

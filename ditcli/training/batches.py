@@ -64,7 +64,7 @@ class Batches:
     def __getitem__(self, step: int) -> Batch:
         config = self.config
         rng = np.random.default_rng((config.seed, 1, step))
-        images = self._images(step)
+        images = pick_images(config.seed, step, config.batch_size, len(self.moments))
         flipped = rng.random(len(images)) < 0.5 * config.flip
         dropped = rng.random(len(images)) < config.label_dropout
         t = self._times(rng, len(images))
@@ -76,13 +76,6 @@ class Batches:
         x0 = self.codec.to_latents(moments, posterior)
         labels = np.where(dropped, self.num_classes, self.labels[images])
         return Batch(x0, eps, torch.from_numpy(labels).to(self.device), t)
-
-    def _images(self, step: int) -> np.ndarray:
-        num, size = len(self.moments), self.config.batch_size
-        positions = np.arange(step * size, (step + 1) * size)
-        epochs = positions // num
-        orders = {int(epoch): _order(self.config.seed, int(epoch), num) for epoch in np.unique(epochs)}
-        return np.array([orders[int(epoch)][position] for epoch, position in zip(epochs, positions % num, strict=True)])
 
     def _times(self, rng: np.random.Generator, num: int) -> np.ndarray:
         steps = self.diffusion.schedule.num_steps
@@ -99,6 +92,14 @@ class Batches:
             mirror = torch.from_numpy(flipped).to(self.device)[:, None, None, None]
             moments = torch.where(mirror, moments.flip(-1), moments)
         return moments
+
+
+def pick_images(seed: int, step: int, batch_size: int, num: int) -> np.ndarray:
+    """Which of `num` images a step sees: every one once an epoch, in an order of its own."""
+    positions = np.arange(step * batch_size, (step + 1) * batch_size)
+    epochs = positions // num
+    orders = {int(epoch): _order(seed, int(epoch), num) for epoch in np.unique(epochs)}
+    return np.array([orders[int(epoch)][position] for epoch, position in zip(epochs, positions % num, strict=True)])
 
 
 @lru_cache(maxsize=2)

@@ -10,12 +10,12 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ditcli.config import ModelConfig
-from ditcli.runs import FORMAT, RunDir, state_file
+from ditcli.config import ModelConfig, VaeConfig
+from ditcli.runs import FORMAT, VAE_FORMAT, RunDir, state_file
 
 
 def save_checkpoint(
-    run: RunDir, config: ModelConfig, average: nn.Module, state: Mapping[str, Tensor], *, keep: int
+    run: RunDir, config: ModelConfig | VaeConfig, average: nn.Module, state: Mapping[str, Tensor], *, keep: int
 ) -> Path:
     """Write the training state, then the averaged weights, whose presence says that both are whole.
 
@@ -24,7 +24,8 @@ def save_checkpoint(
     path = run.checkpoint_file(config.step)
     path.parent.mkdir(parents=True, exist_ok=True)
     _write(state_file(path), state, {})
-    _write(path, average.state_dict(), {"format": FORMAT, "config": json.dumps(config.to_dict())})
+    kind = FORMAT if isinstance(config, ModelConfig) else VAE_FORMAT
+    _write(path, average.state_dict(), {"format": kind, "config": json.dumps(config.to_dict())})
     for step in run.saved_steps()[:-keep] if keep else []:
         old = run.checkpoint_file(step)
         old.unlink()

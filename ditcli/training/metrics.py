@@ -6,6 +6,7 @@ import csv
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
+from typing import TypeVar
 
 
 @dataclass(frozen=True)
@@ -20,10 +21,10 @@ class Row:
     seconds: float
 
 
-HEADER = [field.name for field in fields(Row)]
+Rows = TypeVar("Rows", bound=Row)
 
 
-def read_metrics(path: Path) -> list[Row]:
+def read_metrics(path: Path, row_type: type[Rows] = Row) -> list[Rows]:  # type: ignore[assignment]
     """All whole rows; a line that a killed process left half-written ends the list."""
     if not path.is_file():
         return []
@@ -31,24 +32,20 @@ def read_metrics(path: Path) -> list[Row]:
     with path.open(newline="") as file:
         for values in list(csv.reader(file))[1:]:
             try:
-                rows.append(Row(int(values[0]), *map(float, values[1:])))
+                rows.append(row_type(int(values[0]), *map(float, values[1:])))
             except (ValueError, TypeError, IndexError):
                 break
     return rows
 
 
-def rewind_metrics(path: Path, step: int) -> list[Row]:
-    """Drop the rows after `step`, which the run will write again."""
-    rows = [row for row in read_metrics(path) if row.step <= step]
-    write_metrics(path, rows)
-    return rows
-
-
-def write_metrics(path: Path, rows: Sequence[Row]) -> None:
+def rewind_metrics(path: Path, step: int, row_type: type[Rows] = Row) -> list[Rows]:  # type: ignore[assignment]
+    """Drop the rows after `step`, which the run will write again; a file without rows has the header alone."""
+    rows = [row for row in read_metrics(path, row_type) if row.step <= step]
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(HEADER)
+        writer.writerow(field.name for field in fields(row_type))
         writer.writerows(astuple(row) for row in rows)
+    return rows
 
 
 def append_metrics(path: Path, row: Row) -> None:

@@ -8,6 +8,7 @@ import platform
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ import torch
 import ditcli
 from ditcli.codecs.codec import Codec
 from ditcli.codecs.named import open_named_codec
-from ditcli.config import ModelConfig, TrainConfig
+from ditcli.config import ModelConfig, TrainConfig, TrainVaeConfig, VaeConfig
 from ditcli.data.folders import ImageDataset, open_dataset
 from ditcli.devices import choose_dtype, open_device
 from ditcli.errors import ResumeError
@@ -24,6 +25,8 @@ from ditcli.progress import say
 from ditcli.runs import RUNS, RunDir
 from ditcli.training.checkpoints import remove_leftovers
 from ditcli.training.state import TrainState, load_state, new_state
+
+Settings = TypeVar("Settings", TrainConfig, TrainVaeConfig)
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ def prepare(config: TrainConfig) -> Setup:
         image_size=config.image_size,
         class_names=dataset.class_names,
     )
-    run = RunDir(Path(config.out) if config.out else _default_folder(config))
+    run = RunDir(Path(config.out) if config.out else default_folder(config.data, config.model, config.image_size))
     return Setup(config, model, run, dataset, codec, device, dtype)
 
 
@@ -83,49 +86,71 @@ def describe(setup: Setup) -> dict[str, object]:
 
 def start_or_resume(setup: Setup) -> TrainState:
     """A fresh state in a new run folder, or the last checkpoint's. Raises ResumeError for a run of other settings."""
-    config, run = setup.config, setup.run
-    if not run.config_file.is_file():
-        run.checkpoints.mkdir(parents=True, exist_ok=True)
-        run.samples.mkdir(exist_ok=True)
-        _write_config(setup)
-        return new_state(config, setup.model, setup.device)
-    _check_same_settings(setup)
-    remove_leftovers(run)
+    checkpoint = open_run(setup.run, setup.config, setup.model, setup.dataset, setup.device)
+    if checkpoint is None:
+        return new_state(setup.config, setup.model, setup.device)
+    return load_state(checkpoint, setup.config, setup.device)
+
+
+def open_run(
+    run: RunDir,
+    config: TrainConfig | TrainVaeConfig,
+    model: ModelConfig | VaeConfig,
+    dataset: ImageDataset,
+    device: torch.device,
+) -> Path | None:
+    """Make the run's folder, or check that it holds a run of the same settings; the checkpoint to go on from, if any.
+
+    Raises ResumeError for a run of other settings.
+    """
+    if run.config_file.is_file():
+        _check_same_settings(run, config, dataset)
+        remove_leftovers(run)
+    run.checkpoints.mkdir(parents=True, exist_ok=True)
+    run.samples.mkdir(exist_ok=True)
+    _write_config(run, config, model, dataset, device)
     steps = run.saved_steps()
-    _write_config(setup)
     if not steps:
-        return new_state(config, setup.model, setup.device)
+        return None
     say(f"Going on with {run.path} from step {steps[-1]:,}.")
-    return load_state(run.checkpoint_file(steps[-1]), config, setup.device)
+    return run.checkpoint_file(steps[-1])
 
 
-def _check_same_settings(setup: Setup) -> None:
-    saved = setup.run.read_config()
-    before = TrainConfig.from_dict(saved["train"]).to_dict()
-    now = _comparable(setup.config).to_dict()
-    changed = [name for name in now if name not in TrainConfig.RESUMABLE and now[name] != before[name]]
+def _check_same_settings(run: RunDir, config: TrainConfig | TrainVaeConfig, dataset: ImageDataset) -> None:
+    saved = run.read_config()
+    if config.COMMAND not in saved:
+        raise ResumeError(f"{run.path} holds a run of another command than `ditcli {config.COMMAND}`: give another --out.")
+    before = type(config).from_dict(saved[config.COMMAND]).to_dict()
+    now = _comparable(config).to_dict()
+    changed = [name for name in now if name not in config.RESUMABLE and now[name] != before[name]]
     if changed:
         lines = [f"  {name.replace('_', '-')}: {before[name]!r} there, {now[name]!r} now" for name in changed]
         raise ResumeError(
-            f"{setup.run.path} holds a run of other settings:\n" + "\n".join(lines) + "\n"
+            f"{run.path} holds a run of other settings:\n" + "\n".join(lines) + "\n"
             "Give the former ones to go on with it, or another --out to start anew."
         )
-    if saved["data"]["fingerprint"] != setup.dataset.fingerprint():
-        say(f"Note: the pictures in {setup.config.data} changed since the run began.")
+    if saved["data"]["fingerprint"] != dataset.fingerprint():
+        say(f"Note: the pictures in {config.data} changed since the run began.")
 
 
-def _write_config(setup: Setup) -> None:
+def _write_config(
+    run: RunDir,
+    config: TrainConfig | TrainVaeConfig,
+    model: ModelConfig | VaeConfig,
+    dataset: ImageDataset,
+    device: torch.device,
+) -> None:
     values = {
-        "train": _comparable(setup.config).to_dict(),
-        "model": setup.model.to_dict(),
+        config.COMMAND: _comparable(config).to_dict(),
+        "model": model.to_dict(),
         "data": {
-            "layout": setup.dataset.layout,
-            "images": len(setup.dataset),
-            "classes": list(setup.dataset.class_names),
-            "fingerprint": setup.dataset.fingerprint(),
+            "layout": dataset.layout,
+            "images": len(dataset),
+            "classes": list(dataset.class_names),
+            "fingerprint": dataset.fingerprint(),
         },
         "command": sys.argv,
-        "device": str(setup.device),
+        "device": str(device),
         "versions": {
             "ditcli": ditcli.__version__,
             "python": platform.python_version(),
@@ -133,16 +158,17 @@ def _write_config(setup: Setup) -> None:
             "numpy": np.__version__,
         },
     }
-    partial = setup.run.path / ".config.json.partial"
+    partial = run.path / ".config.json.partial"
     partial.write_text(json.dumps(values, indent=2) + "\n")
-    partial.rename(setup.run.config_file)
+    partial.rename(run.config_file)
 
 
-def _comparable(config: TrainConfig) -> TrainConfig:
+def _comparable(config: Settings) -> Settings:
     """The same however the data folder was spelled."""
     return replace(config, data=str(Path(config.data).resolve())) if Path(config.data).exists() else config
 
 
-def _default_folder(config: TrainConfig) -> Path:
-    data = Path(config.data).resolve().name if Path(config.data).exists() else config.data
-    return RUNS / f"{data}-{config.model.replace('/', '-')}-{config.image_size}".lower()
+def default_folder(data: str, name: str, image_size: int) -> Path:
+    """`runs/DATA-NAME-SIZE`."""
+    folder = Path(data).resolve().name if Path(data).exists() else data
+    return RUNS / f"{folder}-{name.replace('/', '-')}-{image_size}".lower()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ditcli.config import ModelConfig, TrainConfig
+from ditcli.config import ModelConfig, TrainConfig, TrainVaeConfig
 from ditcli.errors import CheckpointError
 from ditcli.models.dit import DiT
 from ditcli.models.weights import RAW, load_dit, read_tensors
@@ -30,9 +31,7 @@ class TrainState:
     def tensors(self) -> dict[str, Tensor]:
         """All of it but the average, for a file."""
         tensors = {RAW + name: value for name, value in self.model.state_dict().items()}
-        for name, parameter in self.model.named_parameters():
-            for key, value in self.optimizer.state[parameter].items():
-                tensors[f"optimizer.{name}.{key}"] = value
+        tensors |= optimizer_tensors(self.model, self.optimizer)
         losses = torch.stack(self.losses).cpu() if self.losses else torch.zeros(0)
         return tensors | {"seconds": torch.tensor(self.seconds, dtype=torch.float64), "losses": losses}
 
@@ -41,7 +40,7 @@ def new_state(config: TrainConfig, model: ModelConfig, device: torch.device) -> 
     """A fresh network, drawn from the run's seed on the CPU, so that it does not depend on the device."""
     torch.manual_seed(config.seed)
     network = DiT(model.dit).to(device)
-    return TrainState(network, average_of(network), _optimizer(network, config))
+    return TrainState(network, average_of(network), make_optimizer(network, config))
 
 
 def load_state(checkpoint: Path, config: TrainConfig, device: torch.device) -> TrainState:
@@ -49,23 +48,40 @@ def load_state(checkpoint: Path, config: TrainConfig, device: torch.device) -> T
     average, model = load_dit(checkpoint)
     network, _ = load_dit(checkpoint, ema=False)
     network = network.to(device).train()
-    state = TrainState(network, average.to(device).requires_grad_(False), _optimizer(network, config), step=model.step)
+    state = TrainState(network, average.to(device).requires_grad_(False), make_optimizer(network, config), step=model.step)
     saved = read_tensors(state_file(checkpoint))
     try:
-        for name, parameter in network.named_parameters():
-            prefix = f"optimizer.{name}."
-            moments = {key.removeprefix(prefix): value for key, value in saved.items() if key.startswith(prefix)}
-            state.optimizer.state[parameter] = {
-                key: value.to(device if value.ndim or device.type == "cuda" else "cpu")
-                for key, value in moments.items()
-            }
+        load_optimizer(network, state.optimizer, saved)
         state.seconds, state.losses = saved["seconds"].item(), list(saved["losses"].to(device))
     except KeyError as error:
         raise CheckpointError(f"{state_file(checkpoint)} lacks {error}: it is not a training state.") from error
     return state
 
 
-def _optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+def optimizer_tensors(network: nn.Module, optimizer: torch.optim.Optimizer, prefix: str = "optimizer.") -> dict[str, Tensor]:
+    """The optimiser's moments under the names of the network's weights."""
+    return {
+        f"{prefix}{name}.{key}": value
+        for name, parameter in network.named_parameters()
+        for key, value in optimizer.state[parameter].items()
+    }
+
+
+def load_optimizer(
+    network: nn.Module, optimizer: torch.optim.Optimizer, saved: Mapping[str, Tensor], prefix: str = "optimizer."
+) -> None:
+    """Give the optimiser the moments that `optimizer_tensors` gave."""
+    for name, parameter in network.named_parameters():
+        start = f"{prefix}{name}."
+        moments = {key.removeprefix(start): value for key, value in saved.items() if key.startswith(start)}
+        device = parameter.device
+        optimizer.state[parameter] = {
+            key: value.to(device if value.ndim or device.type == "cuda" else "cpu") for key, value in moments.items()
+        }
+
+
+def make_optimizer(network: nn.Module, config: TrainConfig | TrainVaeConfig) -> torch.optim.Optimizer:
+    """AdamW."""
     return torch.optim.AdamW(
         network.parameters(),
         lr=config.lr,

@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
-import signal
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -17,21 +12,20 @@ from ditcli.config import TrainConfig
 from ditcli.data.latents import load_latents
 from ditcli.denoisers.torch_denoiser import as_denoiser
 from ditcli.diffusion.process import Diffusion
-from ditcli.errors import DitcliError, Interrupted
+from ditcli.errors import DitcliError
 from ditcli.images import make_grid, write_png
-from ditcli.progress import progress, say
+from ditcli.progress import say
 from ditcli.runs import RunDir
 from ditcli.sampling import draw
 from ditcli.training.batches import Batches
 from ditcli.training.checkpoints import save_checkpoint
 from ditcli.training.ema import ema_decay, update_average
-from ditcli.training.metrics import Row, append_metrics, plot_loss, rewind_metrics, write_metrics
+from ditcli.training.loop import apply_gradients, learning_rate, run_loop
 from ditcli.training.objective import diffusion_loss
 from ditcli.training.setup import Setup, prepare, start_or_resume
 from ditcli.training.state import TrainState
 
 MOST_CLASSES_IN_A_GRID = 8
-MOST_SKIPS_IN_A_ROW = 10
 
 
 def train(config: TrainConfig) -> RunDir:
@@ -61,58 +55,15 @@ def train(config: TrainConfig) -> RunDir:
     parameters = sum(p.numel() for p in state.model.parameters())
     precision = "bf16" if setup.dtype == torch.bfloat16 else "fp32"
     say(f"Training {parameters / 1e6:.1f} M parameters on {setup.device} in {precision}; run folder {run.path}")
-    _loop(setup, state, batches, diffusion)
+    run_loop(
+        config,
+        run,
+        state,
+        take_step=lambda: _step(setup, state, batches, diffusion),
+        save=lambda: _save(setup, state),
+        draw=lambda: _draw_grid(setup, state),
+    )
     return run
-
-
-def _loop(setup: Setup, state: TrainState, batches: Batches, diffusion: Diffusion) -> None:
-    config, run = setup.config, setup.run
-    rows = rewind_metrics(run.metrics_file, state.step)
-    write_metrics(run.metrics_file, rows)
-    skipped = 0
-    began = time.monotonic() - state.seconds
-    interval_began, interval_step = time.monotonic(), state.step
-    with _stop_signals() as stop, progress("training", config.steps, start=state.step) as advance:
-        while state.step < config.steps:
-            loss, norm = _step(setup, state, batches, diffusion)
-            skipped = 0 if math.isfinite(norm) else skipped + 1
-            if skipped > MOST_SKIPS_IN_A_ROW:
-                raise DitcliError(
-                    f"the gradient was not finite {skipped} times in a row at step {state.step:,}: try a lower --lr, "
-                    f"--clip-grad 1 or --precision fp32. The last checkpoint in {run.path} is good."
-                )
-            state.seconds = time.monotonic() - began
-
-            if state.step % config.log_every == 0 or state.step == config.steps:
-                now = time.monotonic()
-                rate = (state.step - interval_step) * config.batch_size / (now - interval_began)
-                interval_began, interval_step = now, state.step
-                mean = torch.stack(state.losses).mean().item()
-                row = Row(
-                    state.step,
-                    mean,
-                    learning_rate(config, state.step - 1),
-                    norm,
-                    round(rate, 2),
-                    round(state.seconds, 2),
-                )
-                append_metrics(run.metrics_file, row)
-                rows.append(row)
-                state.losses.clear()
-            note = f"loss {loss:.4f}"
-            if rows:
-                note = f"loss {rows[-1].loss:.4f}  lr {rows[-1].lr:.2g}  {rows[-1].images_per_second:.1f} images/s"
-            advance(1, note)
-
-            last = state.step == config.steps or bool(stop)
-            if state.step % config.checkpoint_every == 0 or last:
-                _save(setup, state)
-                plot_loss(rows, run.loss_file)
-            if config.sample_every and (state.step % config.sample_every == 0 or state.step == config.steps):
-                _draw_grid(setup, state)
-                interval_began, interval_step = time.monotonic(), state.step
-            if stop and state.step < config.steps:
-                raise Interrupted(f"stopped at step {state.step:,} and saved; to go on, run the same command again.")
 
 
 def _step(setup: Setup, state: TrainState, batches: Batches, diffusion: Diffusion) -> tuple[float, float]:
@@ -127,28 +78,12 @@ def _step(setup: Setup, state: TrainState, batches: Batches, diffusion: Diffusio
         loss.backward()
         total += loss.detach()
 
-    parameters = list(network.parameters())
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if config.clip_grad:
-        torch.nn.utils.clip_grads_with_norm_(parameters, config.clip_grad, norm)
+    norm = apply_gradients(state.optimizer, learning_rate(config, state.step), config.clip_grad)
     if torch.isfinite(norm):
-        for group in state.optimizer.param_groups:
-            group["lr"] = learning_rate(config, state.step)
-        state.optimizer.step()
         update_average(state.average, network, ema_decay(config.ema_decay, state.step, warmup=config.ema_warmup))
-    state.optimizer.zero_grad(set_to_none=True)
     state.losses.append(total)
     state.step += 1
     return total.item(), norm.item()
-
-
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """The rate of the step after `step` others: a linear warm-up, then constant or half a cosine to 0."""
-    rate = config.lr * min(1.0, (step + 1) / max(config.warmup_steps, 1))
-    if config.lr_schedule == "cosine" and step >= config.warmup_steps:
-        done = (step - config.warmup_steps) / max(config.steps - config.warmup_steps, 1)
-        rate *= 0.5 * (1 + math.cos(math.pi * done))
-    return rate
 
 
 def _save(setup: Setup, state: TrainState) -> None:
@@ -178,21 +113,3 @@ def _draw_grid(setup: Setup, state: TrainState) -> None:
     )
     grid = make_grid([images[i * config.sample_num : (i + 1) * config.sample_num] for i in range(rows)], names)
     write_png(setup.run.samples / f"step-{state.step:08}.png", grid, {"ditcli": json.dumps({"step": state.step})})
-
-
-@contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """A list that is filled by the first Ctrl-C or SIGTERM; the second one has its usual effect."""
-    received: list[int] = []
-
-    def remember(number: int, frame: object) -> None:
-        received.append(number)
-        signal.signal(number, former[signal.Signals(number)])
-        say("\nFinishing the step and saving; once more to stop at once.")
-
-    former = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)

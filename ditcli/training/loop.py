@@ -1,0 +1,125 @@
+"""The loop that every training shares: steps, metrics, checkpoints, pictures, and a clean stop."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ditcli.config import TrainConfig, TrainVaeConfig
+from ditcli.errors import DitcliError, Interrupted
+from ditcli.progress import progress, say
+from ditcli.runs import RunDir
+from ditcli.training.metrics import Row, append_metrics, plot_loss, rewind_metrics
+
+MOST_SKIPS_IN_A_ROW = 10
+
+
+class State(Protocol):
+    """What the loop knows of a training's state; `losses` are those since the last row of metrics, the loss first."""
+
+    step: int
+    seconds: float
+    losses: list[Tensor]
+
+
+def run_loop(
+    config: TrainConfig | TrainVaeConfig,
+    run: RunDir,
+    state: State,
+    *,
+    take_step: Callable[[], tuple[float, float]],
+    save: Callable[[], object],
+    draw: Callable[[], object],
+    row_type: type[Row] = Row,
+) -> None:
+    """Call `take_step`, which gives loss and gradient norm, until `config.steps`; save and draw at their intervals.
+
+    Raises Interrupted after saving on Ctrl-C or SIGTERM, and DitcliError when gradients stay not finite.
+    """
+    rows = rewind_metrics(run.metrics_file, state.step, row_type)
+    skipped = 0
+    began = time.monotonic() - state.seconds
+    interval_began, interval_step = time.monotonic(), state.step
+    with _stop_signals() as stop, progress("training", config.steps, start=state.step) as advance:
+        while state.step < config.steps:
+            loss, norm = take_step()
+            skipped = 0 if math.isfinite(norm) else skipped + 1
+            if skipped > MOST_SKIPS_IN_A_ROW:
+                raise DitcliError(
+                    f"the gradient was not finite {skipped} times in a row at step {state.step:,}: try a lower --lr, "
+                    f"--clip-grad 1 or --precision fp32. The last checkpoint in {run.path} is good."
+                )
+            state.seconds = time.monotonic() - began
+
+            if state.step % config.log_every == 0 or state.step == config.steps:
+                now = time.monotonic()
+                rate = (state.step - interval_step) * config.batch_size / (now - interval_began)
+                interval_began, interval_step = now, state.step
+                mean, *others = torch.stack(state.losses).mean(dim=0).reshape(-1).tolist()
+                lr, seconds = learning_rate(config, state.step - 1), round(state.seconds, 2)
+                row = row_type(state.step, mean, lr, norm, round(rate, 2), seconds, *others)
+                append_metrics(run.metrics_file, row)
+                rows.append(row)
+                state.losses.clear()
+            note = f"loss {loss:.4f}"
+            if rows:
+                note = f"loss {rows[-1].loss:.4f}  lr {rows[-1].lr:.2g}  {rows[-1].images_per_second:.1f} images/s"
+            advance(1, note)
+
+            last = state.step == config.steps or bool(stop)
+            if state.step % config.checkpoint_every == 0 or last:
+                save()
+                plot_loss(rows, run.loss_file)
+            if config.sample_every and (state.step % config.sample_every == 0 or state.step == config.steps):
+                draw()
+                interval_began, interval_step = time.monotonic(), state.step
+            if stop and state.step < config.steps:
+                raise Interrupted(f"stopped at step {state.step:,} and saved; to go on, run the same command again.")
+
+
+def learning_rate(config: TrainConfig | TrainVaeConfig, step: int) -> float:
+    """The rate of the step after `step` others: a linear warm-up, then constant or half a cosine to 0."""
+    rate = config.lr * min(1.0, (step + 1) / max(config.warmup_steps, 1))
+    if config.lr_schedule == "cosine" and step >= config.warmup_steps:
+        done = (step - config.warmup_steps) / max(config.steps - config.warmup_steps, 1)
+        rate *= 0.5 * (1 + math.cos(math.pi * done))
+    return rate
+
+
+def apply_gradients(optimizer: torch.optim.Optimizer, lr: float, clip: float) -> Tensor:
+    """Clip, step and clear; returns the gradient norm. A gradient that is not finite changes no weight."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if clip:
+        torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+    if torch.isfinite(norm):
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """A list that is filled by the first Ctrl-C or SIGTERM; the second one has its usual effect."""
+    received: list[int] = []
+
+    def remember(number: int, frame: object) -> None:
+        received.append(number)
+        signal.signal(number, former[signal.Signals(number)])
+        say("\nFinishing the step and saving; once more to stop at once.")
+
+    former = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
