@@ -216,7 +216,7 @@ class TrainConfig(Config):
     sample_steps: int = option(50, "Sampler steps of the sample grids.")
 
     COMMAND: ClassVar[str] = "train"
-    # May differ when a run goes on: they change neither what is learnt nor in which order.
+    # May differ when a run goes on: they change what is learnt by rounding at most.
     RESUMABLE: ClassVar[tuple[str, ...]] = (
         *("out", "steps", "micro_batch", "device", "num_workers", "log_every", "checkpoint_every", "keep_checkpoints"),
         *("sample_every", "sample_num", "sample_cfg", "sample_steps"),
@@ -229,6 +229,9 @@ class TrainConfig(Config):
         )
         self._check_at_least(1, "log_every", "checkpoint_every", "sample_num", "sample_steps", "num_workers")
         self._check_at_least(2, "num_timesteps")
+        if self.schedule != "flow":
+            most = f"at most num-timesteps, {self.num_timesteps}"
+            self._check("sample_steps", self.sample_steps <= self.num_timesteps, most)
         self._check_at_least(
             0, "seed", "warmup_steps", "weight_decay", "clip_grad", "keep_checkpoints", "sample_every", "sample_cfg"
         )

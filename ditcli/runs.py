@@ -63,13 +63,16 @@ class RunDir:
 
     def saved_steps(self) -> list[int]:
         """Steps whose checkpoint is whole, oldest first."""
+        return [step for step in self.model_steps() if state_file(self.checkpoint_file(step)).is_file()]
+
+    def model_steps(self) -> list[int]:
+        """Steps whose averaged weights are there, oldest first: enough to sample, not to go on training."""
         names = [re.fullmatch(r"step-(\d+)\.safetensors", path.name) for path in _files(self.checkpoints)]
-        steps = sorted(int(name[1]) for name in names if name)
-        return [step for step in steps if state_file(self.checkpoint_file(step)).is_file()]
+        return sorted(int(name[1]) for name in names if name)
 
     def newest_checkpoint(self) -> Path:
-        """The last whole checkpoint; ModelNotFoundError where none was written yet."""
-        steps = self.saved_steps()
+        """The last checkpoint that can be sampled from; ModelNotFoundError where none was written yet."""
+        steps = self.model_steps()
         if not steps:
             raise ModelNotFoundError(f"{self.path} has no checkpoint yet: let `ditcli train` reach its first.")
         return self.checkpoint_file(steps[-1])
@@ -91,6 +94,7 @@ def state_file(checkpoint: Path) -> Path:
 
 
 def is_run(path: Path) -> bool:
+    """Whether a folder is a run's."""
     return (path / "config.json").is_file() and (path / "checkpoints").is_dir()
 
 
@@ -101,7 +105,7 @@ def is_vae_run(path: Path) -> bool:
 def newest_run(root: Path = RUNS) -> RunDir:
     """The run in `root` whose checkpoint was written last; ModelNotFoundError where there is none."""
     runs = [RunDir(path) for path in root.iterdir() if is_run(path) and not is_vae_run(path)] if root.is_dir() else []
-    ready = [run for run in runs if run.saved_steps()]
+    ready = [run for run in runs if run.model_steps()]
     if not ready:
         raise ModelNotFoundError(
             f"there is no trained model in {root}/: train one with `ditcli train --data FOLDER`, or give --model."

@@ -36,9 +36,7 @@ def reference_dit(tensors: dict[str, torch.Tensor], description: dict[str, Any])
             num_classes=config["num_classes"],
         )
     )
-    weights = {key[2:]: value for key, value in tensors.items() if key.startswith("w.")}
-    del weights["pos_embed"]
-    model.load_state_dict(weights)
+    model.load_state_dict({key[2:]: value for key, value in tensors.items() if key.startswith("w.")})
     return model.eval()
 
 

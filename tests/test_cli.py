@@ -164,6 +164,9 @@ def test_flag_before_environment_before_file_before_preset_before_default(ditcli
         (["train", *TINY, "--model", "DiT-M/2"], 2, "DiT-B/2"),
         (["train", *TINY, "--image-size", "30"], 2, "multiples of the patch size 4"),
         (["train", *TINY, "--vae", "some/where"], 2, "exclude each other"),
+        (["train", *TINY, "--out", "a-file/run"], 1, "Not a directory"),
+        (["train", *TINY, "--sample-steps", "2000"], 2, "num-timesteps"),
+        (["sample", "--out", "a-file"], 1, "File exists"),
         (["train", *TINY, "--config", "unknown.toml"], 2, "Did you mean 'batch_size'?"),
         (["train", *TINY, "--config", "broken.toml"], 2, "is not TOML"),
         (["train", *TINY, "--preset", "papper"], 2, "papper"),
@@ -180,6 +183,7 @@ def test_flag_before_environment_before_file_before_preset_before_default(ditcli
 )
 def test_wrong_input_is_one_sentence_and_its_exit_code(ditcli, run, place, words, code, sentence):
     (place / "unknown.toml").write_text("batch_sise = 3\n")
+    (place / "a-file").write_text("")
     (place / "broken.toml").write_text("lr = = 3\n")
     (place / "broken.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{garbage garbage")
     before = sorted(place.rglob("*"))

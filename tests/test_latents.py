@@ -104,6 +104,20 @@ def test_an_interrupted_cache_is_never_taken_for_a_whole_one(tmp_path, monkeypat
     np.testing.assert_array_equal(load(folder).moments, whole.moments)
 
 
+def test_what_a_killed_encoding_left_is_cleared_and_a_damaged_cache_is_a_sentence(tmp_path):
+    folder = write_pictures(tmp_path / "data", num=4)
+    load(folder)
+    (made,) = (cache_folder() / "latents").iterdir()
+    left = made.with_name(f"{made.name}.partial-4194300")  # more than the highest process number
+    left.mkdir()
+    (made / latents.MANIFEST).unlink()
+    load(folder)
+    assert not left.exists()
+    (made / "moments.npy").write_bytes((made / "moments.npy").read_bytes()[:-10])
+    with pytest.raises(DataError, match="damaged"):
+        load(folder)
+
+
 def test_a_full_disk_is_told_before_encoding(tmp_path, monkeypatch):
     folder = write_pictures(tmp_path / "data", num=4)
     usage = latents.shutil.disk_usage(tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from ditcli.codecs import PixelCodec
@@ -90,7 +92,7 @@ def _weights(run: RunDir) -> list[torch.Tensor]:
     return list(load_file(path).values()) + [v for k, v in load_file(state_file(path)).items() if k != "seconds"]
 
 
-def start(out: Path, **changes) -> subprocess.Popen[str]:
+def start(out: Path, *, file_size: int = resource.RLIM_INFINITY, **changes) -> subprocess.Popen[str]:
     options = TINY | {"out": str(out)} | changes
     words = [
         f"--{'' if value is not False else 'no-'}{key.replace('_', '-')}"
@@ -103,6 +105,7 @@ def start(out: Path, **changes) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size)),
     )
 
 
@@ -166,18 +169,57 @@ def test_half_written_files_are_cleared_and_never_read(tmp_path):
     assert not [p for p in run.checkpoints.iterdir() if "partial" in p.name]
 
 
-def test_a_full_disk_keeps_the_former_checkpoint(tmp_path, monkeypatch):
+def test_a_full_disk_keeps_the_former_checkpoint(tmp_path):
     run = run_tiny(tmp_path / "run", steps=4)
-    from ditcli.training import checkpoints
+    before = {path.name: path.read_bytes() for path in run.checkpoints.iterdir()}
+    process = start(run.path, steps=8, file_size=100_000)  # the system refuses to write files beyond that
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 1, told
+    assert "the checkpoint of step 8 could not be written" in told
+    assert "Traceback" not in told
+    assert {path.name: path.read_bytes() for path in run.checkpoints.iterdir()} == before
+    assert_same_run(run_tiny(tmp_path / "whole", steps=8), run_tiny(tmp_path / "run", steps=8))
 
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoints, "save_file", full)
-    with pytest.raises(DitcliError, match="No space left on device"):
-        run_tiny(tmp_path / "run", steps=8)
-    assert run.saved_steps() == [4]
-    load_dit(run.newest_checkpoint())
+def test_checkpoints_may_be_read_by_whom_the_umask_lets(tmp_path):
+    former = os.umask(0o022)
+    try:
+        path = run_tiny(tmp_path, steps=1).newest_checkpoint()
+    finally:
+        os.umask(former)
+    assert path.stat().st_mode & 0o777 == 0o644
+
+
+def test_what_is_not_ours_is_left_in_the_run_folder(tmp_path):
+    run = run_tiny(tmp_path, steps=4)
+    (run.checkpoints / "best.safetensors").write_bytes(b"mine")
+    (run.checkpoints / "notes").mkdir()
+    state_file(run.checkpoint_file(4)).unlink()  # enough to sample from, not to go on
+    run_tiny(tmp_path, steps=2)
+    assert {"best.safetensors", "notes", run.checkpoint_file(4).name} <= {p.name for p in run.checkpoints.iterdir()}
+
+
+def test_a_cosine_cannot_be_stretched_and_a_run_that_never_saved_blocks_nothing(tmp_path):
+    run_tiny(tmp_path / "cosine", steps=2, lr_schedule="cosine")
+    with pytest.raises(ResumeError, match="steps: 2 there, 4 now"):
+        run_tiny(tmp_path / "cosine", steps=4, lr_schedule="cosine")
+    (tmp_path / "data").mkdir()
+    Image.new("RGB", (28, 28)).save(tmp_path / "data" / "a.png")
+    (tmp_path / "data" / "b.png").write_bytes(b"broken")
+    options = {"data": str(tmp_path / "data"), "steps": 2}
+    with pytest.raises(DitcliError, match=r"b\.png"):
+        run_tiny(tmp_path / "run", **options, strict=True)
+    assert run_tiny(tmp_path / "run", **options).saved_steps() == [2]  # one picture, and no labels
+
+
+def test_other_classes_are_other_settings(tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        Image.new("RGB", (28, 28)).save(tmp_path / "data" / name / "a.png")
+    run_tiny(tmp_path / "run", data=str(tmp_path / "data"), steps=1)
+    (tmp_path / "data" / "dog").rename(tmp_path / "data" / "owl")
+    with pytest.raises(ResumeError, match="owl"):
+        run_tiny(tmp_path / "run", data=str(tmp_path / "data"), steps=2)
 
 
 def test_old_checkpoints_are_removed(tmp_path):

@@ -17,7 +17,7 @@ def command(out: str, steps: int | None, device: str) -> None:
 
     Takes about two minutes on two CPU cores. Prints the path of a grid with a row for each class.
     """
-    config = TrainConfig.from_dict(DEMO | {"out": out, "device": device} | ({"steps": steps} if steps else {}))
+    config = TrainConfig.from_dict(DEMO | {"out": out, "device": device} | ({} if steps is None else {"steps": steps}))
     from ditcli.sampling import sample
     from ditcli.training.train import train
 

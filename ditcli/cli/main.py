@@ -66,6 +66,8 @@ def run() -> None:
         sys.exit(0)
     except (KeyboardInterrupt, click.Abort):
         sys.exit(_fail("interrupted.", 130))
+    except OSError as error:
+        sys.exit(_fail(f"{error.filename or 'the system'}: {error.strerror or error}.", 1))
     except DitcliError as error:
         sys.exit(_fail(str(error), error.exit_code))
 

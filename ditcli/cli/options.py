@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import click
 
-from ditcli.config import PRESETS, Config, TrainConfig
+from ditcli.config import PRESETS, Config, TrainConfig, suggest
 from ditcli.errors import SettingError
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -89,8 +89,9 @@ def _read(file: Path) -> dict[str, Any]:
         values = tomllib.loads(file.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SettingError(f"{file} is not TOML: {error}") from error
-    try:
-        TrainConfig.from_dict(values)
-    except ValueError as error:
-        raise SettingError(f"{file}: {error}") from error
-    return {key.replace("-", "_"): value for key, value in values.items()}
+    values = {key.replace("-", "_"): value for key, value in values.items()}
+    known = [field.name for field in dataclasses.fields(TrainConfig)]
+    for key in values:
+        if key not in known:
+            raise SettingError(f"{file} has an unknown setting {key!r}.{suggest(key, known)}")
+    return values

@@ -23,7 +23,11 @@ ditcli train --data ./celeba --config my.toml --lr 2e-4 --dry-run
 @config_options(TrainConfig)
 @click.option("--preset", type=click.Choice(list(PRESETS)), help="A saved set of the options above.")
 @click.option(
-    "--config", "file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="TOML file of options."
+    "--config",
+    "file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    envvar="DITCLI_TRAIN_CONFIG",
+    help="TOML file of options.",
 )
 @click.option("--dry-run", is_flag=True, help="Settle everything, open the data, print sizes and exit.")
 def command(preset: str | None, file: Path | None, dry_run: bool, **options: Any) -> None:

@@ -91,7 +91,8 @@ class VQModel(Autoencoder):
         The gradient passes straight through the quantiser (VQ-VAE, section 3.2), as if it were not there.
         """
         quantised = self.quantize(z).to(z.dtype)
-        return self.decoder(self.post_quant_conv(z + (quantised - z).detach() if torch.is_grad_enabled() else quantised))
+        through = z + (quantised - z).detach() if torch.is_grad_enabled() else quantised
+        return self.decoder(self.post_quant_conv(through))
 
     def codebook_loss(self, z: Tensor, commitment: float) -> Tensor:
         """Draws vectors to the latents and, `commitment` times, latents to the vectors (VQ-VAE, equation 3)."""

@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 
 from ditcli.codecs.codec import Codec
@@ -60,8 +61,11 @@ def load_latents(
         _report(unreadable)
         if strict:
             raise UnreadableImageError(*manifest["unreadable"][0])
-    moments = np.load(folder / "moments.npy", mmap_mode="r")[: manifest["num"]]
-    labels = None if dataset.labels is None else np.load(folder / "labels.npy")
+    try:
+        moments = np.load(folder / "moments.npy", mmap_mode="r")[: manifest["num"]]
+        labels = None if dataset.labels is None else np.load(folder / "labels.npy")
+    except (OSError, ValueError) as error:
+        raise DataError(f"the cached latents in {folder} are damaged ({error}): remove that folder.") from error
     return Latents(moments, labels, unreadable)
 
 
@@ -71,7 +75,7 @@ def _build(
     _, height, width = codec.latent_shape(image_size, image_size)
     shape = (len(dataset), 1 + both, codec.moments_channels, height, width)
     partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
+    _remove_abandoned(folder)
     partial.mkdir(parents=True)
     try:
         _check_space(partial, int(np.prod(shape)) * codec.moments_dtype.itemsize)
@@ -130,6 +134,14 @@ def _read(
         finally:
             for future in waiting:
                 future.cancel()
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Clear what killed processes left of this cache."""
+    for left in folder.parent.glob(f"{folder.name}.partial-*"):
+        pid = int(left.name.rpartition("-")[2])
+        if pid == os.getpid() or not psutil.pid_exists(pid):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _check_space(folder: Path, needed: int) -> None:

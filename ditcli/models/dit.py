@@ -1,7 +1,7 @@
 """Diffusion Transformer (arXiv 2212.09748). Shapes: N images, T patches, D width, C channels, H x W input, p patch.
 
 Parameter names are those of the reference implementation (facebookresearch/DiT `models.py`), so its state dicts load
-unchanged once their fixed ``pos_embed`` is left out: positions are computed from the input's own size.
+unchanged; positions are computed from the input's own size.
 """
 
 from __future__ import annotations
@@ -244,6 +244,8 @@ class DiT(nn.Module):
         )
         self.final_layer = final(config.width, config.patch_size**2 * config.out_channels)
         self._initialise()
+        # Published state dicts carry the fixed positions, which are computed here.
+        self.register_load_state_dict_pre_hook(lambda module, state, prefix, *_: state.pop(f"{prefix}pos_embed", None))
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         p = self.config.patch_size

@@ -8,7 +8,6 @@ network (`features.N...`) and the lpips package's for the learnt numbers (`linN.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Self
 
 import torch
 import torch.nn.functional as F

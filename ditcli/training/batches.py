@@ -59,7 +59,7 @@ class Batches:
         self.flips = latents.moments.shape[1]
         self.resident = None
         if latents.moments.nbytes <= RESIDENT_SHARE * _free_memory(device):
-            self.resident = torch.from_numpy(np.array(latents.moments)).flatten(0, 1).to(device)
+            self.resident = _place(latents.moments, device).flatten(0, 1)
 
     def __getitem__(self, step: int) -> Batch:
         config = self.config
@@ -87,7 +87,7 @@ class Batches:
             moments = self.resident[torch.from_numpy(rows).to(self.device)]
         else:
             picked = np.stack([self.moments[row // self.flips, row % self.flips] for row in rows])
-            moments = torch.from_numpy(picked).to(self.device, non_blocking=True)
+            moments = torch.from_numpy(picked).to(self.device)
         if self.flips == 1:  # a flip of the moments is the flip's moments
             mirror = torch.from_numpy(flipped).to(self.device)[:, None, None, None]
             moments = torch.where(mirror, moments.flip(-1), moments)
@@ -105,6 +105,15 @@ def pick_images(seed: int, step: int, batch_size: int, num: int) -> np.ndarray:
 @lru_cache(maxsize=2)
 def _order(seed: int, epoch: int, num: int) -> np.ndarray:
     return np.random.default_rng((seed, 0, epoch)).permutation(num)
+
+
+def _place(moments: np.ndarray, device: torch.device) -> Tensor:
+    """A copy on the device, made in parts so that the machine's own memory need not hold them all."""
+    placed = torch.empty(moments.shape, dtype=torch.from_numpy(moments[:0].copy()).dtype, device=device)
+    for start in range(0, len(moments), 4096):
+        part = slice(start, start + 4096)
+        placed[part] = torch.from_numpy(moments[part].copy()).to(device)
+    return placed
 
 
 def _free_memory(device: torch.device) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -37,9 +38,11 @@ def remove_leftovers(run: RunDir) -> None:
     """Clear what a killed run left half-written: partial files, and states whose weights were never written."""
     if not run.checkpoints.is_dir():
         return
-    whole = {run.checkpoint_file(step) for step in run.saved_steps()}
+    states = {state_file(run.checkpoint_file(step)) for step in run.saved_steps()}
     for file in run.checkpoints.iterdir():
-        if file not in whole and file not in {state_file(path) for path in whole}:
+        unfinished = file.name.startswith((".step-", ".tmp"))  # ours, and those that safetensors writes to first
+        orphan = re.fullmatch(r"step-\d+\.state\.safetensors", file.name) and file not in states
+        if file.is_file() and (unfinished or orphan):
             file.unlink()
 
 
@@ -49,6 +52,13 @@ def _write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) 
         save_file({key: value.detach().contiguous() for key, value in tensors.items()}, partial, metadata)
         with partial.open("rb") as file:
             os.fsync(file.fileno())
+        partial.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner may read
         partial.rename(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask

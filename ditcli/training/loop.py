@@ -54,7 +54,7 @@ def run_loop(
             if skipped > MOST_SKIPS_IN_A_ROW:
                 raise DitcliError(
                     f"the gradient was not finite {skipped} times in a row at step {state.step:,}: try a lower --lr, "
-                    f"--clip-grad 1 or --precision fp32. The last checkpoint in {run.path} is good."
+                    "--clip-grad 1 or --precision fp32."
                 )
             state.seconds = time.monotonic() - began
 

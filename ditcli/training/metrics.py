@@ -41,14 +41,17 @@ def read_metrics(path: Path, row_type: type[Rows] = Row) -> list[Rows]:  # type:
 def rewind_metrics(path: Path, step: int, row_type: type[Rows] = Row) -> list[Rows]:  # type: ignore[assignment]
     """Drop the rows after `step`, which the run will write again; a file without rows has the header alone."""
     rows = [row for row in read_metrics(path, row_type) if row.step <= step]
-    with path.open("w", newline="") as file:
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(field.name for field in fields(row_type))
         writer.writerows(astuple(row) for row in rows)
+    partial.rename(path)
     return rows
 
 
 def append_metrics(path: Path, row: Row) -> None:
+    """Add a row at the end of the file."""
     with path.open("a", newline="") as file:
         csv.writer(file).writerow(astuple(row))
 

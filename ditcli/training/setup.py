@@ -8,7 +8,7 @@ import platform
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,8 +25,6 @@ from ditcli.progress import say
 from ditcli.runs import RUNS, RunDir
 from ditcli.training.checkpoints import remove_leftovers
 from ditcli.training.state import TrainState, load_state, new_state
-
-Settings = TypeVar("Settings", TrainConfig, TrainVaeConfig)
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,7 @@ def describe(setup: Setup) -> dict[str, object]:
     return {
         "run": str(setup.run.path),
         "images": len(setup.dataset),
-        "classes": list((dit.num_classes and setup.model.class_names) or ()),
+        "classes": list(setup.model.class_names),
         "input": [dit.in_channels, *dit.input_size],
         "parameters": parameters,
         "device": str(setup.device),
@@ -103,9 +101,8 @@ def open_run(
 
     Raises ResumeError for a run of other settings.
     """
-    if run.config_file.is_file():
-        _check_same_settings(run, config, dataset)
-        remove_leftovers(run)
+    check_same_settings(run, config, dataset)
+    remove_leftovers(run)
     run.checkpoints.mkdir(parents=True, exist_ok=True)
     run.samples.mkdir(exist_ok=True)
     _write_config(run, config, model, dataset, device)
@@ -116,13 +113,18 @@ def open_run(
     return run.checkpoint_file(steps[-1])
 
 
-def _check_same_settings(run: RunDir, config: TrainConfig | TrainVaeConfig, dataset: ImageDataset) -> None:
+def check_same_settings(run: RunDir, config: TrainConfig | TrainVaeConfig, dataset: ImageDataset) -> None:
+    """Raise ResumeError where the folder has checkpoints of other settings, or of pictures of other classes."""
+    if not run.saved_steps():
+        return
     saved = run.read_config()
     if config.COMMAND not in saved:
-        raise ResumeError(f"{run.path} holds a run of another command than `ditcli {config.COMMAND}`: give another --out.")
-    before = type(config).from_dict(saved[config.COMMAND]).to_dict()
-    now = _comparable(config).to_dict()
-    changed = [name for name in now if name not in config.RESUMABLE and now[name] != before[name]]
+        raise ResumeError(f"{run.path} is not of `ditcli {config.COMMAND}`: give another --out.")
+    before = type(config).from_dict(saved[config.COMMAND]).to_dict() | {"classes": saved["data"]["classes"]}
+    now = _comparable(config).to_dict() | {"classes": list(dataset.class_names)}
+    # The end of a cosine decides every rate on the way.
+    free = set(config.RESUMABLE) - ({"steps"} if config.lr_schedule == "cosine" else set())
+    changed = [name for name in now if name not in free and now[name] != before[name]]
     if changed:
         lines = [f"  {name.replace('_', '-')}: {before[name]!r} there, {now[name]!r} now" for name in changed]
         raise ResumeError(
@@ -163,9 +165,11 @@ def _write_config(
     partial.rename(run.config_file)
 
 
-def _comparable(config: Settings) -> Settings:
-    """The same however the data folder was spelled."""
-    return replace(config, data=str(Path(config.data).resolve())) if Path(config.data).exists() else config
+def _comparable(config: Any) -> Any:
+    """The same config, with folders by their whole path however they were spelled."""
+    paths = {name: getattr(config, name, None) for name in ("data", "vae")}
+    whole = {name: str(Path(path).resolve()) for name, path in paths.items() if path and Path(path).exists()}
+    return replace(config, **whole)
 
 
 def default_folder(data: str, name: str, image_size: int) -> Path:

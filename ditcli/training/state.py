@@ -48,7 +48,8 @@ def load_state(checkpoint: Path, config: TrainConfig, device: torch.device) -> T
     average, model = load_dit(checkpoint)
     network, _ = load_dit(checkpoint, ema=False)
     network = network.to(device).train()
-    state = TrainState(network, average.to(device).requires_grad_(False), make_optimizer(network, config), step=model.step)
+    average = average.to(device).requires_grad_(False)
+    state = TrainState(network, average, make_optimizer(network, config), step=model.step)
     saved = read_tensors(state_file(checkpoint))
     try:
         load_optimizer(network, state.optimizer, saved)
@@ -58,7 +59,9 @@ def load_state(checkpoint: Path, config: TrainConfig, device: torch.device) -> T
     return state
 
 
-def optimizer_tensors(network: nn.Module, optimizer: torch.optim.Optimizer, prefix: str = "optimizer.") -> dict[str, Tensor]:
+def optimizer_tensors(
+    network: nn.Module, optimizer: torch.optim.Optimizer, prefix: str = "optimizer."
+) -> dict[str, Tensor]:
     """The optimiser's moments under the names of the network's weights."""
     return {
         f"{prefix}{name}.{key}": value

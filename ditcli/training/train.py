@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 
 import torch
+from safetensors import SafetensorError
 
 from ditcli.codecs.codec import numpy_decoder
 from ditcli.config import TrainConfig
@@ -22,7 +24,7 @@ from ditcli.training.checkpoints import save_checkpoint
 from ditcli.training.ema import ema_decay, update_average
 from ditcli.training.loop import apply_gradients, learning_rate, run_loop
 from ditcli.training.objective import diffusion_loss
-from ditcli.training.setup import Setup, prepare, start_or_resume
+from ditcli.training.setup import Setup, check_same_settings, prepare, start_or_resume
 from ditcli.training.state import TrainState
 
 MOST_CLASSES_IN_A_GRID = 8
@@ -36,9 +38,9 @@ def train(config: TrainConfig) -> RunDir:
     """
     setup = prepare(config)
     run = setup.run
-    state = start_or_resume(setup)
-    if state.step >= config.steps:
-        say(f"{run.path} already has {state.step:,} steps; give a higher --steps to go on.")
+    check_same_settings(run, config, setup.dataset)
+    if (run.saved_steps() or [0])[-1] >= config.steps:
+        say(f"{run.path} already has {run.saved_steps()[-1]:,} steps; give a higher --steps to go on.")
         return run
     latents = load_latents(
         setup.dataset,
@@ -46,8 +48,9 @@ def train(config: TrainConfig) -> RunDir:
         image_size=config.image_size,
         flip=config.flip,
         strict=config.strict,
-        num_workers=config.num_workers or torch.get_num_threads(),
+        num_workers=config.num_workers or os.cpu_count() or 1,
     )
+    state = start_or_resume(setup)
     diffusion = Diffusion(setup.model.diffusion)
     batches = Batches(
         latents, setup.codec, diffusion, config, num_classes=setup.model.dit.num_classes, device=setup.device
@@ -90,10 +93,10 @@ def _save(setup: Setup, state: TrainState) -> None:
     model = replace(setup.model, step=state.step)
     try:
         save_checkpoint(setup.run, model, state.average, state.tensors(), keep=setup.config.keep_checkpoints)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise DitcliError(
             f"the checkpoint of step {state.step:,} could not be written to {setup.run.checkpoints} "
-            f"({error.strerror}): the former one is kept. Make room and run the same command again."
+            f"({error}): the former one is kept. Make room and run the same command again."
         ) from error
 
 
@@ -108,7 +111,7 @@ def _draw_grid(setup: Setup, state: TrainState) -> None:
             labels=[label for label in range(rows) for _ in range(config.sample_num)],
             seeds=list(range(config.sample_num)) * rows,
             cfg=config.sample_cfg if names else 1.0,
-            steps=min(config.sample_steps, config.num_timesteps),
+            steps=config.sample_steps,
         )
     )
     grid = make_grid([images[i * config.sample_num : (i + 1) * config.sample_num] for i in range(rows)], names)
