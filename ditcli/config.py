@@ -20,7 +20,8 @@ Conditioning = Literal["adaln-zero", "adaln", "cross-attention", "in-context"]
 ScheduleName = Literal["linear", "cosine", "flow"]
 Prediction = Literal["eps", "x0", "v", "flow"]
 Loss = Literal["mse", "l1"]
-SamplerName = Literal["ddim", "ddpm"]
+SamplerName = Literal["ddim", "ddpm", "euler", "heun", "midpoint", "rk4", "lms", "dpm++2m", "dpm++2m-sde", "unipc"]
+Spacing = Literal["uniform", "quadratic", "karras", "leading", "trailing"]
 Precision = Literal["auto", "bf16", "fp32"]
 
 DEFAULT_VAE = "stabilityai/sd-vae-ft-ema"
