@@ -81,6 +81,6 @@ def _check_same(denoiser: Denoiser, weaker: Denoiser) -> None:
     ):
         if of_one != of_other:
             raise SettingError(
-                f"the guide model has {what} {of_other}, the model {of_one}: take an earlier checkpoint of the same run "
-                "or a smaller model trained alike."
+                f"the guide model has {what} {of_other}, the model {of_one}: take an earlier checkpoint of the same "
+                "run, or a smaller model trained alike."
             )

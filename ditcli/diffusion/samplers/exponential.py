@@ -1,7 +1,7 @@
 """Exponential integrators in half the log-SNR, lambda = log(alpha / sigma): DPM-Solver++ and UniPC.
 
-They predict x0 and keep the linear part of the ODE exact. On a flow schedule lambda is -inf at t = 1, and at t = 0 it is
-inf everywhere; the formulas below stay finite there and become those of order 1.
+They predict x0 and keep the linear part of the ODE exact. On a flow schedule lambda is -inf at t = 1, and at t = 0 it
+is inf on all; the formulas below stay finite there and become those of order 1.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def _unified(
     *,
     corrector: Array | None = None,
 ) -> Array:
-    """A step from t to s by x0 at t and, at order 2, before it; the corrector knows x0 at s too (UniPC, eqs. 3 and 9)."""
+    """A step from t to s by x0 at t and, at order 2, before it; the corrector knows x0 at s too (UniPC, section 3)."""
     x0, of_t = earlier[0]
     h = _log_snr(schedule, s) - of_t
     b = expm1(-h)

@@ -31,7 +31,7 @@ class Path:
 
     @property
     def ends_in_data(self) -> bool:
-        """Whether the slope is known at t = 0. A discrete schedule has no such step; an x0 says nothing of eps there."""
+        """Whether the slope is known at t = 0: no discrete schedule has that step, and x0 says nothing of eps there."""
         return self.straight and self.denoiser.diffusion.config.prediction != "x0"
 
     def scale(self, t: float) -> float:
