@@ -66,6 +66,8 @@ def generate(
         memory = Remembering(network)
         network = memory if num_frames else network
         x0 = solve(network, x_t, chosen, times, noise=noise, watch=lambda t, state: advance(len(state)))
+        if init is not None and paint is not None:  # to the last bit
+            x0 = repeated(paint) * x0 + repeated(1 - paint) * repeated(init)
         images = decode(denoiser.to_numpy(x0))
         seen = memory.estimates
         picks = np.linspace(0, len(seen) - 1, min(num_frames, len(seen))).round().astype(int)

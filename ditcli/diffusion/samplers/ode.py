@@ -119,7 +119,11 @@ def linear_multistep(
     order: int = 4,
     watch: Watch | None = None,
 ) -> Array:
-    """Adams-Bashforth of `order` 1 to 4 on an uneven grid, one call a step; it starts with lower orders."""
+    """Adams-Bashforth of `order` 1 to 4 on an uneven grid, one call a step.
+
+    It starts with lower orders, as k-diffusion's does: the error of an Euler step that long stays, so orders 3 and 4 show
+    themselves where the first steps are short or hardly bend, as they do not in pure noise.
+    """
     path = Path(denoiser, labels)
     nodes: list[float] = []
     slopes: list[Array] = []
@@ -140,7 +144,7 @@ def adams_bashforth(nodes: list[float], end: float) -> list[float]:
     weights = []
     for i, place in enumerate(places):
         others = np.delete(places, i)
-        basis = np.poly(others) / np.prod(place - others)
+        basis = np.atleast_1d(np.poly(others)) / np.prod(place - others)
         weights.append(float(step * np.polyval(np.polyint(basis), 1.0)))
     return weights
 
