@@ -121,8 +121,8 @@ def linear_multistep(
 ) -> Array:
     """Adams-Bashforth of `order` 1 to 4 on an uneven grid, one call a step.
 
-    It starts with lower orders, as k-diffusion's does: the error of an Euler step that long stays, so orders 3 and 4 show
-    themselves where the first steps are short or hardly bend, as they do not in pure noise.
+    It starts with lower orders, as k-diffusion's does. The error of those steps stays, so orders 3 and 4 show where
+    they are short or straight, as they nearly are in pure noise.
     """
     path = Path(denoiser, labels)
     nodes: list[float] = []
