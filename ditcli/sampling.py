@@ -1,12 +1,11 @@
-"""Seeds and labels in, images out: starting noise per image, guidance, sampler, decoding."""
+"""Seeds and labels in, image files out."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,22 @@ from ditcli.config import SampleConfig, SamplerName, suggest
 from ditcli.diffusion import samplers
 from ditcli.diffusion.denoiser import Denoiser
 from ditcli.diffusion.guidance import guide
-from ditcli.errors import SettingError
-from ditcli.images import make_grid, write_png
+from ditcli.diffusion.wrappers import BetweenClasses
+from ditcli.drawing import Decode, Drawing, choose_sampler, generate
+from ditcli.errors import SettingError, UnreadableImageError
+from ditcli.images import make_grid, read_image, read_png_metadata, write_gif, write_png
+from ditcli.memory import fitting_batch
+from ditcli.outputs import PictureArchive
 from ditcli.progress import progress, say
+from ditcli.runs import read_model_config
+from ditcli.starts import Photo, Start, read_photo
 
-Decode = Callable[[np.ndarray], np.ndarray]  # float32 latents (N, C, h, w) -> uint8 images (N, H, W, 3)
+MOST_FRAMES = 24  # of a trajectory: each is decoded
+# What decides a picture besides its label, its seed and the model.
+SETTINGS = (
+    *("cfg", "cfg_interval", "cfg_rescale", "cfg_channels", "guide_model", "sampler", "steps", "spacing", "shift"),
+    *("eta", "order", "strength", "ema", "vae", "precision"),
+)
 
 
 def draw(
@@ -41,22 +51,19 @@ def draw(
     """One uint8 image (H, W, 3) for each label and seed; the null class is ``len(denoiser.class_names)``.
 
     All randomness of an image comes from its own seed, through numpy, so it does not depend on the batch it is drawn in
-    nor on the runtime. `advance(n)` is called as n network calls are done, of ``steps * len(labels)`` in all.
+    nor on the runtime. `advance(n)` is called as n steps are done, of ``steps * len(labels)`` in all.
     """
-    guided = guide(denoiser, cfg)
-    times = samplers.time_grid(denoiser.diffusion.schedule, steps)
-    run = samplers.ddpm if sampler == "ddpm" else partial(samplers.ddim, eta=eta)
-    for start in range(0, len(labels), batch_size):
-        batch = slice(start, start + batch_size)
-        generators = [np.random.default_rng(seed) for seed in seeds[batch]]
-
-        def noise(generators: list[np.random.Generator] = generators) -> Any:
-            shape = denoiser.input_shape
-            return denoiser.from_numpy(np.stack([g.standard_normal(shape, dtype=np.float32) for g in generators]))
-
-        chosen = denoiser.from_numpy(np.array(labels[batch], dtype=np.int64))
-        x0 = run(guided, noise(), chosen, times, noise=noise, watch=lambda t, x: advance(len(x)))
-        yield from decode(denoiser.to_numpy(x0))
+    drawings = generate(
+        guide(denoiser, cfg),
+        decode,
+        choose_sampler(sampler, eta=eta),
+        samplers.time_grid(denoiser.diffusion.schedule, steps),
+        labels=labels,
+        starts=[Start(seed) for seed in seeds],
+        batch_size=batch_size,
+        advance=advance,
+    )
+    return (drawing.image for drawing in drawings)
 
 
 def find_labels(wanted: Sequence[str], class_names: Sequence[str]) -> list[int]:
@@ -89,58 +96,70 @@ class Sample:
 
 @dataclass(frozen=True)
 class Samples:
-    """What `sample` wrote."""
+    """What `sample` wrote: `images` in a folder, or all in one `archive`; beside them a grid, GIFs and strips."""
 
     model: str
     step: int
     images: list[Sample]
-    grid: str | None
+    grid: str | None = None
+    archive: str | None = None
+    animations: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One to draw: the network's label and the user's, its randomness, and its file's name without suffix."""
+
+    label: int
+    name: str | None
+    start: Start
+    stem: str
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that is settled before the first network call."""
+
+    rows: list[list[Picture]]
+    facts: dict[str, Any]
+    photo: Photo | None
+    generate: Callable[[list[Picture], Callable[[int], object]], Iterator[Drawing]]
+    num_steps: int
+
+    @property
+    def pictures(self) -> list[Picture]:
+        return [picture for row in self.rows for picture in row]
+
+    def facts_of(self, picture: Picture) -> dict[str, Any]:
+        start = asdict(picture.start) if picture.start.to_seed is not None else {"seed": picture.start.seed}
+        return {"label": picture.name, **start, **self.facts}
+
+    def draw(self, pictures: list[Picture], already: int) -> Iterator[tuple[Picture, Drawing]]:
+        """The pictures one by one, with a progress bar."""
+        say(
+            f"Sampling {len(pictures)} images from {self.facts['model']} (step {self.facts['step']:,})"
+            + (f"; {already} are already there." if already else ".")
+        )
+        total = len(pictures) * self.num_steps
+        with progress("sampling", total) as advance:
+            drawings = self.generate(pictures, lambda count: advance(count, ""))
+            for picture, drawing in zip(pictures, drawings, strict=True):
+                paste = self.photo.paste if self.photo else lambda image: image
+                yield picture, Drawing(paste(drawing.image), [paste(frame) for frame in drawing.frames])
 
 
 def sample(config: SampleConfig) -> Samples:
     """Draw `num` images per label and write them as PNGs named by label and seed, with the settings in their metadata.
 
-    Image k of every label has seed ``config.seed + k``: rows of a grid share their starting noise.
+    Image k of every label has seed ``config.seed + k``: rows of a grid share their starting noise. Images that are
+    there already with the same settings are not drawn again, so a run that was stopped goes on with the same command.
+    Raises ResumeError for an .npz that was made, or begun, with other settings.
     """
-    checkpoint = hub.find_checkpoint(config.model)
-    denoiser, decode, step = _open(checkpoint, config)
-    names = denoiser.class_names
-    classes = find_labels(config.labels, names) or [0]
-    if config.steps > (denoiser.diffusion.schedule.num_steps or config.steps):
-        samplers.time_grid(denoiser.diffusion.schedule, config.steps)  # says why not
-    pairs = [(label, config.seed + k) for label in classes for k in range(config.num)]
+    job = _prepare(config)
     out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
-
-    settings = {key: getattr(config, key) for key in ("cfg", "sampler", "steps", "eta", "ema")}
-    say(f"Sampling {len(pairs)} images from {checkpoint} (step {step:,}).")
-    written, images = [], []
-    with progress("sampling", len(pairs) * config.steps) as advance:
-        drawn = draw(
-            denoiser,
-            decode,
-            labels=[label for label, _ in pairs],
-            seeds=[seed for _, seed in pairs],
-            cfg=config.cfg,
-            steps=config.steps,
-            sampler=config.sampler,
-            eta=config.eta,
-            batch_size=config.batch_size,
-            advance=lambda count: advance(count, ""),
-        )
-        for (label, seed), image in zip(pairs, drawn, strict=True):
-            name = names[label] if names else None
-            path = out / (f"{file_name(name)}_seed{seed}.png" if name else f"seed{seed}.png")
-            facts = {"label": name, "seed": seed, **settings, "model": str(checkpoint), "step": step}
-            write_png(path, image, {"Software": f"ditcli {ditcli.__version__}", "ditcli": json.dumps(facts)})
-            written.append(Sample(str(path), name, seed))
-            images += [image] if config.grid else []
-    grid = None
-    if config.grid:
-        rows = [images[start : start + config.num] for start in range(0, len(images), config.num)]
-        grid = str(out / "grid.png")
-        write_png(grid, make_grid(rows, [names[label] for label in classes] if names else ()), {})
-    return Samples(str(checkpoint), step, written, grid)
+    if out.suffix == ".npz":
+        return _write_archive(job, out)
+    return _write_folder(job, out, config)
 
 
 def to_json(samples: Samples) -> str:
@@ -150,6 +169,161 @@ def to_json(samples: Samples) -> str:
 def file_name(label: str) -> str:
     """A label as part of a file's name: other characters than letters, digits and `._-` become hyphens."""
     return re.sub(r"[^\w.-]+", "-", label).strip("-.") or "label"
+
+
+def _prepare(config: SampleConfig) -> Job:
+    checkpoint = hub.find_checkpoint(config.model)
+    model = read_model_config(checkpoint)
+    denoiser, decode, step = _open(checkpoint, config)
+    weaker = _open(hub.find_checkpoint(config.guide_model), config)[0] if config.guide_model else None
+    names = denoiser.class_names
+    classes = find_labels(config.labels, names) or [0]
+    rows = _plan(config, classes, names)
+    if config.cfg_channels is not None and config.cfg_channels > denoiser.input_shape[0]:
+        raise SettingError(f"cfg-channels is {config.cfg_channels}, but the model has {denoiser.input_shape[0]}.")
+    times = samplers.time_grid(denoiser.diffusion.schedule, config.steps, config.spacing, shift=config.shift)
+
+    photo, init, paint = None, None, None
+    strength = (0.6 if config.mask is None else 1.0) if config.strength is None else config.strength
+    if config.init is not None:
+        photo = read_photo(config.init, config.mask, model.image_size)
+        init = _encode(photo.pixels, config.vae or model.codec, config)
+        paint = photo.latent_mask(*init.shape[1:])
+        times = samplers.from_strength(times, strength)
+
+    # A model without labels has nothing to compare with but a weaker model.
+    scale = config.cfg if names or weaker else 1.0
+    if config.interpolate == "labels":
+        shares = tuple(k / (config.num - 1) for k in range(config.num))
+        denoiser = BetweenClasses(denoiser, classes[0], classes[1], shares)
+        weaker = BetweenClasses(weaker, classes[0], classes[1], shares) if weaker else None
+    passes = (1 if scale == 1 or weaker else 2) * (2 if config.interpolate == "labels" else 1)
+    fitting = fitting_batch(denoiser, model.dit, passes=passes)
+    guided = guide(
+        denoiser,
+        scale,
+        channels=config.cfg_channels,
+        interval=config.cfg_interval,
+        rescale=config.cfg_rescale,
+        weaker=weaker,
+    )
+    solve = choose_sampler(config.sampler, eta=config.eta, order=config.order or 4)
+
+    def draw_some(pictures: list[Picture], advance: Callable[[int], object]) -> Iterator[Drawing]:
+        return generate(
+            guided,
+            decode,
+            solve,
+            times,
+            labels=[picture.label for picture in pictures],
+            starts=[picture.start for picture in pictures],
+            batch_size=config.batch_size if isinstance(config.batch_size, int) else fitting,
+            init=init,
+            paint=paint,
+            num_frames=MOST_FRAMES if config.trajectory else 0,
+            advance=advance,
+        )
+
+    settings = {key: getattr(config, key) for key in SETTINGS} | {"cfg": scale, "cfg_interval": [*config.cfg_interval]}
+    if photo:
+        settings |= {"init": config.init, "mask": config.mask, "strength": strength, "pixels": photo.digest()}
+    saved = checkpoint.stat().st_mtime_ns  # a new model of the same name draws other pictures
+    facts = settings | {"model": str(checkpoint), "step": step, "saved": saved}
+    return Job(rows, facts, photo, draw_some, len(times) - 1)
+
+
+def _plan(config: SampleConfig, classes: list[int], names: Sequence[str]) -> list[list[Picture]]:
+    """The rows of the grid: a walk, or the seeds of a label."""
+    seed, shares = config.seed, [k / max(config.num - 1, 1) for k in range(config.num)]
+    if config.interpolate == "labels":
+        if len(names) < 2 or len(classes) != 2:
+            raise SettingError(
+                f"a walk between labels needs two of them, but there are {len(classes) if names else 0}."
+            )
+        first, last = (names[label] for label in classes)
+        stem = f"{file_name(first)}-{file_name(last)}_seed{seed}"
+        return [[Picture(k, f"{first} to {last}", Start(seed), f"{stem}_{k:03}") for k in range(config.num)]]
+    rows = []
+    for label in classes:
+        name = names[label] if names else None
+        prefix = f"{file_name(name)}_" if name else ""
+        if config.interpolate == "seeds":
+            end = seed + 1 if config.to_seed is None else config.to_seed
+            stem = f"{prefix}seed{seed}-{end}"
+            rows.append(
+                [Picture(label, name, Start(seed, end, share), f"{stem}_{k:03}") for k, share in enumerate(shares)]
+            )
+        else:
+            seeds = range(seed, seed + config.num)
+            rows.append([Picture(label, name, Start(s), f"{prefix}seed{s}") for s in seeds])
+    return rows
+
+
+def _write_archive(job: Job, path: Path) -> Samples:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pictures = job.pictures
+    labels = [picture.label for picture in pictures] if pictures[0].name is not None else None
+    facts = job.facts | {"labels": sorted({picture.name or "" for picture in pictures}), "seed": pictures[0].start.seed}
+    archive = PictureArchive(path, num=len(pictures), labels=labels, facts=facts)
+    for _, drawing in job.draw(pictures[archive.done :], archive.done):
+        archive.append(drawing.image)
+    return Samples(job.facts["model"], job.facts["step"], [], archive=str(archive.finish()))
+
+
+def _write_folder(job: Job, out: Path, config: SampleConfig) -> Samples:
+    out.mkdir(parents=True, exist_ok=True)
+    paths = {picture: out / f"{picture.stem}.png" for picture in job.pictures}
+    todo = [picture for picture, path in paths.items() if not _is_drawn(path, job.facts_of(picture), config)]
+    animations = []
+    for picture, drawing in job.draw(todo, len(paths) - len(todo)):
+        if config.trajectory:
+            frames = [*drawing.frames, drawing.image]
+            write_gif(_beside(paths[picture], "path.gif"), frames, 1500 // len(frames))
+            write_png(_beside(paths[picture], "path.png"), make_grid([frames]))
+        facts = {"Software": f"ditcli {ditcli.__version__}", "ditcli": json.dumps(job.facts_of(picture))}
+        write_png(paths[picture], drawing.image, facts)
+    if config.trajectory:
+        animations += [str(_beside(path, f"path.{kind}")) for path in paths.values() for kind in ("gif", "png")]
+
+    grid = None
+    if config.grid or config.interpolate:
+        rows = [[np.asarray(read_image(paths[picture])) for picture in row] for row in job.rows]
+        if config.interpolate:
+            for row, images in zip(job.rows, rows, strict=True):
+                path = out / f"{row[0].stem.removesuffix('_000')}.gif"
+                write_gif(path, images + images[-2:0:-1], 100)
+                animations.append(str(path))
+        if config.grid:
+            grid = str(out / "grid.png")
+            write_png(grid, make_grid(rows, [row[0].name for row in job.rows if row[0].name]), {})
+    written = [Sample(str(path), picture.name, picture.start.seed) for picture, path in paths.items()]
+    return Samples(job.facts["model"], job.facts["step"], written, grid, animations=animations)
+
+
+def _beside(path: Path, ending: str) -> Path:
+    return path.with_name(f"{path.stem}_{ending}")
+
+
+def _is_drawn(path: Path, facts: dict[str, Any], config: SampleConfig) -> bool:
+    """Whether the file is there and says that it was drawn with these facts."""
+    if not path.exists() or (config.trajectory and not _beside(path, "path.png").exists()):
+        return False
+    try:
+        return json.loads(read_png_metadata(path).get("ditcli", "null")) == facts
+    except (UnreadableImageError, ValueError):
+        return False
+
+
+def _encode(pixels: np.ndarray, codec_name: str, config: SampleConfig) -> np.ndarray:
+    """The latents (C, h, w) of a picture (S, S, 3): the mean of its encoding."""
+    import torch
+
+    from ditcli.codecs.named import open_named_codec
+    from ditcli.devices import open_device
+
+    codec = open_named_codec(codec_name, device=open_device(config.device), dtype=torch.float32)
+    image = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]
+    return codec.to_latents(codec.encode(image))[0].numpy()
 
 
 def _open(checkpoint: Path, config: SampleConfig) -> tuple[Denoiser, Decode, int]:

@@ -14,7 +14,7 @@ from ditcli.config import PRESETS, Config, TrainConfig, suggest
 from ditcli.errors import SettingError
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-TYPES = {"int": click.INT, "float": click.FLOAT, "str": click.STRING}
+TYPES = {"int": click.INT, "float": click.FLOAT, "str": click.STRING, "int | str": click.STRING}
 
 
 class Command(click.Command):
@@ -78,6 +78,8 @@ def _option(field: dataclasses.Field[Any]) -> Callable[[Function], Function]:
         help = f"{help}  [default: {shown}]"
     if kind == "bool":
         return click.option(f"--{name}/--no-{name}", field.name, default=None, help=help)
+    if kind == "tuple[float, float]":
+        return click.option(f"--{name}", field.name, nargs=2, type=click.FLOAT, metavar="LO HI", help=help)
     if kind.startswith("tuple"):
         return click.option(f"--{name}", field.name, multiple=True, metavar="NAME...", help=help)
     choices = field.metadata["choices"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -35,3 +36,31 @@ class Denoiser(Protocol):
         ...
 
     def to_numpy(self, array: Array) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class Wrapper:
+    """A denoiser that is another one but for its calls."""
+
+    denoiser: Denoiser
+
+    @property
+    def diffusion(self) -> Diffusion:
+        return self.denoiser.diffusion
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        return self.denoiser.input_shape
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.denoiser.class_names
+
+    def __call__(self, x_t: Array, t: float, labels: Array) -> Array:
+        return self.denoiser(x_t, t, labels)
+
+    def from_numpy(self, array: np.ndarray) -> Array:
+        return self.denoiser.from_numpy(array)
+
+    def to_numpy(self, array: Array) -> np.ndarray:
+        return self.denoiser.to_numpy(array)

@@ -1,9 +1,4 @@
-"""Samplers: functions of a denoiser and a falling list of times, from noise to x0.
-
-States are touched with ``+ - *`` alone and coefficients are Python floats, so one function serves every kind of array.
-`times` falls to 0.0 at its end; a step goes from one entry to the next. `noise` draws a fresh standard normal of the
-states' shape; deterministic samplers never call it. `watch`, if given, sees (time reached, state) after each step.
-"""
+"""Samplers that step through the posterior: DDIM and DDPM."""
 
 from __future__ import annotations
 
@@ -11,31 +6,13 @@ from collections.abc import Callable
 from itertools import pairwise
 from math import log, sqrt
 
-import numpy as np
 from array_api_compat import array_namespace
 
 from ditcli.diffusion.denoiser import Denoiser
 from ditcli.diffusion.process import Array
-from ditcli.diffusion.schedule import Schedule
-from ditcli.errors import SettingError
 
 Noise = Callable[[], Array]
 Watch = Callable[[float, Array], object]
-
-
-def time_grid(schedule: Schedule, steps: int) -> list[float]:
-    """`steps` + 1 falling times from 1 to 0.0, evenly spaced; on a discrete schedule they are steps of it.
-
-    The spacing is that of the reference DiT (`space_timesteps` of guided-diffusion): the schedule's first and last step
-    are both visited. Raises ValueError for more steps than the schedule has.
-    """
-    if schedule.num_steps is None:
-        return [float(t) for t in np.linspace(1, 0, steps + 1)]
-    last = schedule.num_steps - 1
-    if steps > schedule.num_steps:
-        raise SettingError(f"steps is {steps}, but the model's noise schedule has only {schedule.num_steps}.")
-    visited = [last] if steps == 1 else [round(i * last / (steps - 1)) for i in range(steps)]
-    return [(i + 1) / schedule.num_steps for i in reversed(visited)] + [0.0]
 
 
 def ddim(

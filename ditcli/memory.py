@@ -1,0 +1,43 @@
+"""How many images fit into memory at once."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import psutil
+
+from ditcli.config import DiTConfig
+from ditcli.diffusion.denoiser import Denoiser
+
+# Larger batches are no faster: a few images fill two cores, some hundred a GPU.
+MOST_AT_ONCE = {"cpu": 16, "cuda": 256}
+SHARE_OF_FREE = 0.6  # the rest is for the decoder and for whoever else needs some
+
+
+def fitting_batch(denoiser: Denoiser, dit: DiTConfig, *, passes: int) -> int:
+    """Images that can be drawn at a time in the free memory of the denoiser's device, `passes` of each per call."""
+    device = str(getattr(denoiser.from_numpy(np.zeros(1, dtype=np.float32)), "device", "cpu"))
+    kind = "cuda" if device.startswith("cuda") else "cpu"
+    fitting = int(SHARE_OF_FREE * free_memory(device) / (passes * bytes_per_image(dit)))
+    return max(1, min(MOST_AT_ONCE[kind], fitting))
+
+
+def free_memory(device: str) -> int:
+    """Bytes that nobody uses on `cpu` or a CUDA device."""
+    if device == "cpu":
+        return psutil.virtual_memory().available
+    import torch
+
+    return torch.cuda.mem_get_info(device)[0]
+
+
+def bytes_per_image(dit: DiTConfig) -> int:
+    """An upper bound of what an image needs in one pass through a network in float32, weights left out.
+
+    At its widest a block holds tokens and normalised tokens, then three of them for attention and the result, or the
+    MLP's hidden layer before and after its activation, and where attention is not fused two tables of scores.
+    """
+    tokens = math.prod(dit.input_size) // dit.patch_size**2 + 2
+    widest = dit.width * (4 + max(4.0, 2 * dit.mlp_ratio))
+    return int(4 * tokens * (widest + 2 * dit.num_heads * tokens))
