@@ -38,7 +38,7 @@ def time_grid(schedule: Schedule, steps: int, spacing: Spacing = "uniform", *, s
 
 def _visited(schedule: Schedule, num_steps: int, steps: int, spacing: Spacing) -> list[float]:
     """Falling steps of a discrete schedule, from num_steps - 1 to 0 at most."""
-    last = num_steps - 1
+    last = _first_visited(schedule, num_steps, steps)
     if spacing == "leading":
         return [i * (num_steps // steps) for i in reversed(range(steps))]
     if spacing == "trailing":
@@ -49,9 +49,20 @@ def _visited(schedule: Schedule, num_steps: int, steps: int, spacing: Spacing) -
     if spacing == "quadratic":
         return [float(f) ** 2 * last for f in fractions]
     if spacing == "karras":
-        low, high = (noise_level(schedule, t) ** (1 / 7) for t in (1 / num_steps, 1.0))
+        low, high = (noise_level(schedule, (step + 1) / num_steps) ** (1 / 7) for step in (0, last))
         return [time_of(schedule, float(low + f * (high - low)) ** 7) * num_steps - 1 for f in fractions]
     return [round(i * last / (steps - 1)) for i in reversed(range(steps))]
+
+
+def _first_visited(schedule: Schedule, num_steps: int, steps: int) -> int:
+    """The step to start from: the last one with some data in it, alpha at least 0.006, where DDPM's schedule ends too.
+
+    The cosine schedule ends at 5e-5, and x0 = (x_t - sigma eps) / alpha would multiply the network's error by hundreds.
+    A sampler that visits every step is not hurt: it divides by the next alpha at once.
+    """
+    alphas = schedule.alpha(np.arange(1, num_steps + 1) / num_steps)
+    last = int(np.flatnonzero(alphas >= 0.006)[-1])
+    return last if steps <= last + 1 else num_steps - 1
 
 
 def from_strength(times: list[float], strength: float) -> list[float]:
