@@ -526,21 +526,24 @@ class ModelConfig(Config):
         self._check_at_least(0, "step")
 
 
-# `ditcli demo`: what two CPU cores learn in about two minutes.
+# `ditcli demo`: what two CPU cores learn in two minutes. Predicting x0 is what makes a patch of 4 pixels sharp (arXiv
+# 2511.13720); flips would turn shoes around, which all point left.
 DEMO: dict[str, Any] = {
     "data": "fashion-mnist",
     "pixels": True,
     "image_size": 28,
+    "flip": False,
     "model": "DiT-S/4",
-    "width": 256,
+    "width": 192,
     "depth": 6,
-    "num_heads": 4,
+    "num_heads": 3,
     "schedule": "flow",
-    "batch_size": 64,
-    "steps": 1500,
-    "lr": 5e-4,
+    "prediction": "x0",
+    "batch_size": 32,
+    "steps": 1600,
+    "lr": 1e-3,
     "warmup_steps": 50,
     "lr_schedule": "cosine",
-    "checkpoint_every": 500,
-    "sample_every": 500,
+    "checkpoint_every": 400,
+    "sample_every": 0,
 }

@@ -22,5 +22,6 @@ def command(out: str, steps: int | None, device: str) -> None:
     from ditcli.training.train import train
 
     run = train(config)
-    samples = sample(SampleConfig(model=str(run.path), num=8, cfg=3, out=f"{out}/demo", grid=True, device=device))
+    settings = {"num": 8, "cfg": 2, "grid": True, "batch_size": 80, "device": device}
+    samples = sample(SampleConfig.from_dict({"model": str(run.path), "out": f"{out}/demo"} | settings))
     click.echo(samples.grid)
