@@ -32,7 +32,7 @@ def test_the_demo_draws_what_was_asked_for(tmp_path: Path, monkeypatch):
 
     dataset = open_dataset("fashion-mnist")
     known = np.stack([dataset.load(i, 28)[:, :, 0] for i in range(len(dataset))]).reshape(-1, 784).astype(np.float64)
-    drawn = [path for path in sorted(grid.parent.glob("*_seed*.png"))]
+    drawn = sorted(grid.parent.glob("*_seed*.png"))
     pictures = np.stack([np.asarray(Image.open(path))[:, :, 0] for path in drawn]).reshape(-1, 784).astype(np.float64)
     asked = np.array([dataset.class_names.index(path.name.split("_seed")[0]) for path in drawn])
     assert len(drawn) == 80
