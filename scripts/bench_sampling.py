@@ -55,14 +55,22 @@ def tell(message: str) -> None:
 
 
 def images(
-    denoiser: Denoiser, decode: Decode, name: str, steps: int, *, labels: list[int], cfg: float, batch: int
+    denoiser: Denoiser,
+    decode: Decode,
+    name: str,
+    steps: int,
+    *,
+    labels: list[int],
+    cfg: float,
+    batch: int,
+    shift: float = 1.0,
 ) -> np.ndarray:
     """uint8 (N, H, W, 3), image k with seed k."""
     drawings = generate(
         guide(denoiser, cfg),
         decode,
         choose_sampler(name),
-        time_grid(denoiser.diffusion.schedule, steps),
+        time_grid(denoiser.diffusion.schedule, steps, shift=shift),
         labels=labels,
         starts=[Start(seed) for seed in range(len(labels))],
         batch_size=batch,
@@ -86,11 +94,15 @@ def bench_samplers(args: argparse.Namespace) -> None:
     print(f"{checkpoint.parent.parent.name}, step {model.step:,}; {args.num} images, cfg {args.cfg:g}")
     print(f"\n| sampler | steps | calls | s/image | pixel error |{' feature distance |' if distance else ''}")
     print(f"|---|---|---|---|---|{'---|' if distance else ''}")
-    for name in (*SAMPLERS, "ddim --cache 3", "unipc --cache 3"):
+    variants = ["ddim --cache 3", "unipc --cache 3"]
+    if model.diffusion.schedule == "flow":
+        variants += [f"{name} --shift 2" for name in ("ddim", "lms", "unipc")]
+    for name in (*SAMPLERS, *variants):
+        shift = 2.0 if "--shift" in name else 1.0
         for steps in args.steps:
             network: Denoiser = cached_denoiser if "cache" in name else denoiser
             began = time.perf_counter()
-            found = images(network, decode, name.split()[0], steps, **settings)
+            found = images(network, decode, name.split()[0], steps, shift=shift, **settings)
             seconds = (time.perf_counter() - began) / args.num
             row = f"| {name} | {steps} | {calls(name, steps, model)} | {seconds:.3f} |"
             if name in STOCHASTIC:
@@ -105,7 +117,7 @@ def calls(name: str, steps: int, model: ModelConfig) -> int:
     """Network calls of an image: the last step of a Runge-Kutta method is Euler's on a discrete schedule."""
     if "cache" in name:
         return steps if steps < 4 else 3 + (steps - 3) // 3
-    per_step = CALLS.get(name, 1)
+    per_step = CALLS.get(name.split()[0], 1)
     to_data = model.diffusion.schedule == "flow" and model.diffusion.prediction != "x0"
     return steps * per_step - (0 if to_data else per_step - 1)
 
