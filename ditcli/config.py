@@ -412,6 +412,7 @@ class SampleConfig(Config):
         None, "--init: 0 keeps the picture, 1 all but forgets it.  [default: 0.6; with --mask 1]"
     )
     mask: str | None = option(None, "--init: repaint only where this picture is white.")
+    cache: int = option(1, "Run the blocks in every N-th step and foresee them in between; changes the images.")
     ema: bool = option(True, "Sample from the averaged weights.")
     out: str = option("samples", "Folder for the images, or one NAME.npz for all of them.")
     grid: bool = option(False, "Write one picture with a row per label as well.")
@@ -427,8 +428,10 @@ class SampleConfig(Config):
         self._check_types()
         fits = self.batch_size == "auto" if isinstance(self.batch_size, str) else self.batch_size > 0
         self._check("batch_size", fits, "auto or at least 1")
-        self._check_at_least(1, "num", "steps", "cfg_channels")
+        self._check_at_least(1, "num", "steps", "cfg_channels", "cache")
         self._check_at_least(0, "cfg", "seed", "eta", "to_seed")
+        once = self.sampler not in ("heun", "midpoint", "rk4")
+        self._check("cache", self.cache == 1 or once, f"1 with --sampler {self.sampler}, which calls in mid-step")
         low, high = self.cfg_interval
         self._check("cfg_interval", 0 <= low <= high <= 1, "two times, 0 <= LO <= HI <= 1")
         self._check("cfg_rescale", 0 <= self.cfg_rescale <= 1, "from 0 to 1")

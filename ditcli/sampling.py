@@ -31,7 +31,7 @@ MOST_FRAMES = 24  # of a trajectory: each is decoded
 # What decides a picture besides its label, its seed and the model.
 SETTINGS = (
     *("cfg", "cfg_interval", "cfg_rescale", "cfg_channels", "guide_model", "sampler", "steps", "spacing", "shift"),
-    *("eta", "order", "strength", "ema", "vae", "precision"),
+    *("eta", "order", "cache", "strength", "ema", "vae", "precision"),
 )
 
 
@@ -177,6 +177,8 @@ def _prepare(config: SampleConfig) -> Job:
     denoiser, decode, step = _open(checkpoint, config)
     weaker = _open(hub.find_checkpoint(config.guide_model), config)[0] if config.guide_model else None
     names = denoiser.class_names
+    if config.cache > 1:
+        denoiser, weaker = _cached(denoiser, config.cache), _cached(weaker, config.cache) if weaker else None
     classes = find_labels(config.labels, names) or [0]
     rows = _plan(config, classes, names)
     if config.cfg_channels is not None and config.cfg_channels > denoiser.input_shape[0]:
@@ -324,6 +326,15 @@ def _encode(pixels: np.ndarray, codec_name: str, config: SampleConfig) -> np.nda
     codec = open_named_codec(codec_name, device=open_device(config.device), dtype=torch.float32)
     image = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]
     return codec.to_latents(codec.encode(image))[0].numpy()
+
+
+def _cached(denoiser: Denoiser, every: int) -> Denoiser:
+    from ditcli.denoisers.forecast import cache_blocks
+    from ditcli.denoisers.torch_denoiser import TorchDenoiser
+
+    if not isinstance(denoiser, TorchDenoiser):
+        raise SettingError(f"cache is {every}, but only the torch backend sees single blocks: leave it out.")
+    return cache_blocks(denoiser, every)
 
 
 def _open(checkpoint: Path, config: SampleConfig) -> tuple[Denoiser, Decode, int]:
