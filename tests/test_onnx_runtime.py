@@ -206,6 +206,11 @@ def test_an_onnx_file_of_others_is_a_sentence(tmp_path):
         draw(tmp_path, tmp_path / "out")
 
 
+def test_the_decoder_alone_is_no_model(latents, tmp_path):
+    with pytest.raises(CheckpointError, match="is not the denoiser of an export"):
+        draw(latents.path / "onnx" / "decoder.onnx", tmp_path)
+
+
 def test_a_lost_decoder_is_a_sentence(latents, tmp_path):
     shutil.copy(latents.path / "onnx" / "denoiser.onnx", tmp_path)
     with pytest.raises(CheckpointError, match=r"there is no .*decoder\.onnx: export the model again"):

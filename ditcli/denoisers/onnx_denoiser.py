@@ -11,6 +11,7 @@ import onnxruntime as ort
 
 from ditcli.config import ModelConfig
 from ditcli.diffusion.process import Diffusion
+from ditcli.errors import CheckpointError
 from ditcli.runs import parse_model_config
 from ditcli.sessions import open_session
 
@@ -44,6 +45,8 @@ def open_denoiser(path: Path, *, device: str = "auto") -> tuple[OnnxDenoiser, Mo
     session = open_session(path, device)
     metadata = session.get_modelmeta().custom_metadata_map
     config = parse_model_config(path, metadata)
+    if [array.name for array in session.get_inputs()] != ["x_t", "t", "labels"]:
+        raise CheckpointError(f"{path} is not the denoiser of an export, but another part of it: give its folder.")
     shape = (config.dit.in_channels, *config.dit.input_size)
     denoiser = OnnxDenoiser(session, Diffusion(config.diffusion), shape, config.class_names)
     return denoiser, config, json.loads(metadata.get("ema", "true"))
