@@ -115,8 +115,8 @@ def denoiser_part(network: DiT, model: ModelConfig) -> Part:
 def decoder_part(autoencoder: Autoencoder, model: ModelConfig) -> Part:
     """latents (N, C, h, w) -> images (N, 3, H, W) in about [-1, 1].
 
-    Decoders compute in fp32 always: in fp16 that of TAESD is off by 1.3e-2 and that of SDXL is known to overflow; and they run
-    once where the denoiser runs at every step.
+    Decoders compute in fp32 always: in fp16 that of TAESD is off by 1.3e-2, that of SDXL is known to overflow, and they
+    run once where the denoiser runs at every step.
     """
 
     def inputs(shape: Shape) -> dict[str, Tensor]:

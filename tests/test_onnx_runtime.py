@@ -32,7 +32,7 @@ from ditcli.sampling import Samples, sample
 from ditcli.sessions import CUDA, num_threads, open_session
 
 # Imports of these fail, as where they are not installed.
-ABSENT = ("torch", "onnx", "onnxscript", "onnx_ir", "huggingface_hub", "matplotlib", "psutil")
+ABSENT = ("torch", "onnx", "onnxscript", "onnx_ir", "huggingface_hub", "matplotlib")
 
 
 @pytest.fixture(scope="module")
@@ -82,12 +82,11 @@ def without_torch(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
-@pytest.mark.parametrize("name", ["pixels", "latents"])
+@pytest.mark.parametrize(
+    ("name", "sampler"), [("pixels", "ddim"), ("pixels", "heun"), ("latents", "ddpm"), ("latents", "dpm++2m")]
+)
 def test_pictures_equal_those_of_torch(name, sampler, request, tmp_path):
     run = request.getfixturevalue(name)
-    if name == "pixels" and sampler == "ddpm":
-        pytest.skip("the pixel model is one of flow matching")
     by_torch = pictures(draw(run.path, tmp_path / "torch", sampler=sampler))
     by_onnx = pictures(draw(run.path / "onnx", tmp_path / "onnx", sampler=sampler))
     assert by_torch.std() > 20
@@ -149,6 +148,21 @@ def test_the_backend_is_that_of_the_files(pixels, latents, tmp_path, capsys):
     with pytest.raises(SettingError, match=r"backend is 'torch', but .* is an ONNX file"):
         find_model(str(exported.parent), "torch")
     assert capsys.readouterr().err == ""
+
+
+def test_pictures_to_start_from_and_guides(pixels, tmp_path):
+    """Two runs are a model and its guide; a photo is encoded without torch where a model works on pixels."""
+    photo = tmp_path / "photo.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(photo)
+    onnx_folder = pixels.path / "onnx"
+    for changes in ({"init": str(photo), "strength": 0.5}, {"guide_model": None, "cfg": 2.0}):
+        pair = []
+        for name, model in [("torch", pixels.path), ("onnx", onnx_folder)]:
+            guide = {"guide_model": str(model)} if "guide_model" in changes else {}
+            pair.append(pictures(draw(model, tmp_path / f"{name}-{len(changes)}-{bool(guide)}", **(changes | guide))))
+        assert np.abs(pair[0] - pair[1]).max() <= 1
+    with pytest.raises(SettingError, match="give two checkpoints or two folders"):
+        draw(onnx_folder, tmp_path, guide_model=str(pixels.path))
 
 
 def test_a_run_that_was_not_exported_says_how(tmp_path):
