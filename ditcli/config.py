@@ -25,6 +25,8 @@ Walk = Literal["seeds", "labels"]
 Spacing = Literal["uniform", "quadratic", "karras", "leading", "trailing"]
 Precision = Literal["auto", "bf16", "fp32"]
 VaeKind = Literal["kl", "vq"]
+Backend = Literal["auto", "torch", "onnx"]
+ExportDtype = Literal["fp32", "fp16"]
 
 DEFAULT_VAE = "stabilityai/sd-vae-ft-ema"
 
@@ -384,7 +386,9 @@ class VaeConfig(Config):
 class SampleConfig(Config):
     """`ditcli sample`."""
 
-    model: str | None = option(None, "Run folder or checkpoint file.  [default: the newest run]")
+    model: str | None = option(
+        None, "Run folder, checkpoint file or folder of `ditcli export-onnx`.  [default: the newest run]"
+    )
     labels: tuple[str, ...] = option((), "Classes to draw, by name.  [default: every class]")
     num: int = option(1, "Images per label, or in all for a model without labels.")
     cfg: float = option(4.0, "Scale of guidance, by the null class or --guide-model; 1 is none.")
@@ -421,6 +425,7 @@ class SampleConfig(Config):
     vae: str | None = option(None, "Decode with this VAE instead of the one the model was trained with.")
     device: str = option("auto", "auto, cpu, cuda or cuda:N.")
     precision: Precision = option("fp32", "auto is bf16 where the hardware has it.", choices=Precision)
+    backend: Backend = option("auto", "auto is onnx for a model exported to it.", choices=Backend)
 
     def __post_init__(self) -> None:
         if isinstance(self.batch_size, str) and self.batch_size.isdigit():
@@ -450,6 +455,22 @@ class SampleConfig(Config):
         )
         if self.out.endswith(".npz") and (self.grid or self.trajectory or self.interpolate):
             raise SettingError(f"out is {self.out!r}, one file: --grid, --trajectory and --interpolate need a folder.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig(Config):
+    """`ditcli export-onnx`."""
+
+    model: str | None = option(None, "Run folder or checkpoint file.  [default: the newest run]")
+    out: str | None = option(None, "Folder for the files.  [default: onnx in the run folder]")
+    dtype: ExportDtype = option("fp32", "fp16 halves the files; norms and softmax stay in fp32.", choices=ExportDtype)
+    opset: int = option(23, "ONNX operator set, 20 to 23; from 23 on attention is one node.")
+    ema: bool = option(True, "Export the averaged weights.")
+    vae: str | None = option(None, "Export this VAE's decoder instead of the one the model was trained with.")
+
+    def __post_init__(self) -> None:
+        self._check_types()
+        self._check("opset", 20 <= self.opset <= 23, "20, 21, 22 or 23")
 
 
 PRESETS: dict[str, dict[str, Any]] = {

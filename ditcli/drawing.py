@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from ditcli.config import SamplerName
+from ditcli.denoisers.opening import Decode
 from ditcli.diffusion import samplers
 from ditcli.diffusion.denoiser import Denoiser
 from ditcli.diffusion.wrappers import KnownRegion, Remembering
 from ditcli.starts import Start
 
-Decode = Callable[[np.ndarray], np.ndarray]  # float32 latents (N, C, h, w) -> uint8 images (N, H, W, 3)
 Solve = Callable[..., Any]  # a sampler with its own settings filled in
 
 

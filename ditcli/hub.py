@@ -9,7 +9,10 @@ from ditcli.errors import ModelNotFoundError
 
 
 def find_checkpoint(name: str | None) -> Path:
-    """The checkpoint that a run folder, a checkpoint file or a run's name in `runs/` leads to; None: the newest run."""
+    """The checkpoint that a run folder, a checkpoint file or a run's name in `runs/` leads to; None: the newest run.
+
+    A folder of `ditcli export-onnx` leads to its `denoiser.onnx`.
+    """
     if name is None:
         return runs.newest_run().newest_checkpoint()
     for path in (Path(name), runs.RUNS / name):
@@ -17,8 +20,12 @@ def find_checkpoint(name: str | None) -> Path:
             return path
         if runs.is_run(path):
             return runs.RunDir(path).newest_checkpoint()
+        if (path / runs.DENOISER).is_file():
+            return path / runs.DENOISER
     if Path(name).is_dir():
-        raise ModelNotFoundError(f"{name} is a folder, but not a run: it has no config.json beside checkpoints/.")
+        raise ModelNotFoundError(
+            f"{name} is a folder, but not a run: it has neither config.json beside checkpoints/ nor {runs.DENOISER}."
+        )
     raise ModelNotFoundError(f"there is no model {name!r}: give a run folder or a checkpoint file.")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from ditcli.errors import CheckpointError, ModelNotFoundError
 RUNS = Path("runs")
 FORMAT = "ditcli-1"
 VAE_FORMAT = "ditcli-vae-1"
+# What `ditcli export-onnx` writes into a folder.
+DENOISER, DECODER = "denoiser.onnx", "decoder.onnx"
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,12 @@ def state_file(checkpoint: Path) -> Path:
     return checkpoint.with_suffix(".state.safetensors")
 
 
+def export_folder(checkpoint: Path) -> Path:
+    """Where a checkpoint's ONNX export lies: `onnx` in its run, or beside a file that is in none."""
+    run = checkpoint.parent.parent
+    return run / "onnx" if is_run(run) else checkpoint.with_name(f"{checkpoint.stem}-onnx")
+
+
 def is_run(path: Path) -> bool:
     """Whether a folder is a run's."""
     return (path / "config.json").is_file() and (path / "checkpoints").is_dir()
@@ -120,14 +129,19 @@ def read_model_config(checkpoint: Path) -> ModelConfig:
             metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{checkpoint} is no checkpoint of ditcli, or a damaged one ({error}).") from error
+    return parse_model_config(checkpoint, metadata)
+
+
+def parse_model_config(path: Path, metadata: Mapping[str, str]) -> ModelConfig:
+    """The config in the metadata of a checkpoint or an ONNX export; CheckpointError for any other file's."""
     if metadata.get("format") == VAE_FORMAT:
-        raise CheckpointError(f"{checkpoint} is of a VAE: give its run to --vae, and a DiT trained with it to --model.")
+        raise CheckpointError(f"{path} is of a VAE: give its run to --vae, and a DiT trained with it to --model.")
     if metadata.get("format") != FORMAT:
-        raise CheckpointError(f"{checkpoint} is a safetensors file, but not a checkpoint of ditcli (format {FORMAT}).")
+        raise CheckpointError(f"{path} was not written by ditcli: its metadata does not say format {FORMAT}.")
     try:
         return ModelConfig.from_dict(json.loads(metadata["config"]))
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{checkpoint} has a config that this version does not understand: {error}") from error
+        raise CheckpointError(f"{path} has a config that this version does not understand: {error}") from error
 
 
 def _files(folder: Path) -> list[Path]:

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 import ditcli
-from ditcli import hub
 from ditcli.config import SampleConfig, SamplerName, suggest
+from ditcli.denoisers.opening import encode_picture, find_model, is_export, open_guide, open_model
 from ditcli.diffusion import samplers
 from ditcli.diffusion.denoiser import Denoiser
 from ditcli.diffusion.guidance import guide
@@ -24,7 +24,6 @@ from ditcli.images import make_grid, read_image, read_png_metadata, write_gif, w
 from ditcli.memory import fitting_batch
 from ditcli.outputs import PictureArchive
 from ditcli.progress import progress, say
-from ditcli.runs import read_model_config
 from ditcli.starts import Photo, Start, read_photo
 
 MOST_FRAMES = 24  # of a trajectory: each is decoded
@@ -172,13 +171,17 @@ def file_name(label: str) -> str:
 
 
 def _prepare(config: SampleConfig) -> Job:
-    checkpoint = hub.find_checkpoint(config.model)
-    model = read_model_config(checkpoint)
-    denoiser, decode, step = _open(checkpoint, config)
-    weaker = _open(hub.find_checkpoint(config.guide_model), config)[0] if config.guide_model else None
+    checkpoint = find_model(config.model, config.backend)
+    denoiser, decode, model = open_model(checkpoint, config)
+    weaker = open_guide(config.guide_model, checkpoint, config) if config.guide_model else None
     names = denoiser.class_names
     if config.cache > 1:
-        denoiser, weaker = _cached(denoiser, config.cache), _cached(weaker, config.cache) if weaker else None
+        if is_export(checkpoint):
+            raise SettingError(f"cache is {config.cache}, but only the torch backend sees single blocks: leave it out.")
+        from ditcli.denoisers.forecast import cache_blocks
+
+        denoiser = cache_blocks(denoiser, config.cache)
+        weaker = cache_blocks(weaker, config.cache) if weaker else None
     classes = find_labels(config.labels, names) or [0]
     rows = _plan(config, classes, names)
     if config.cfg_channels is not None and config.cfg_channels > denoiser.input_shape[0]:
@@ -189,7 +192,7 @@ def _prepare(config: SampleConfig) -> Job:
     strength = (0.6 if config.mask is None else 1.0) if config.strength is None else config.strength
     if config.init is not None:
         photo = read_photo(config.init, config.mask, model.image_size)
-        init = _encode(photo.pixels, config.vae or model.codec, config)
+        init = encode_picture(photo.pixels, config.vae or model.codec, config.device)
         paint = photo.latent_mask(*init.shape[1:])
         times = samplers.from_strength(times, strength)
 
@@ -230,7 +233,7 @@ def _prepare(config: SampleConfig) -> Job:
     if photo:
         settings |= {"init": config.init, "mask": config.mask, "strength": strength, "pixels": photo.digest()}
     saved = checkpoint.stat().st_mtime_ns  # a new model of the same name draws other pictures
-    facts = settings | {"model": str(checkpoint), "step": step, "saved": saved}
+    facts = settings | {"model": str(checkpoint), "step": model.step, "saved": saved}
     return Job(rows, facts, photo, draw_some, len(times) - 1)
 
 
@@ -314,40 +317,3 @@ def _is_drawn(path: Path, facts: dict[str, Any], config: SampleConfig) -> bool:
         return json.loads(read_png_metadata(path).get("ditcli", "null")) == facts
     except (UnreadableImageError, ValueError):
         return False
-
-
-def _encode(pixels: np.ndarray, codec_name: str, config: SampleConfig) -> np.ndarray:
-    """The latents (C, h, w) of a picture (S, S, 3): the mean of its encoding."""
-    import torch
-
-    from ditcli.codecs.named import open_named_codec
-    from ditcli.devices import open_device
-
-    codec = open_named_codec(codec_name, device=open_device(config.device), dtype=torch.float32)
-    image = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]
-    return codec.to_latents(codec.encode(image))[0].numpy()
-
-
-def _cached(denoiser: Denoiser, every: int) -> Denoiser:
-    from ditcli.denoisers.forecast import cache_blocks
-    from ditcli.denoisers.torch_denoiser import TorchDenoiser
-
-    if not isinstance(denoiser, TorchDenoiser):
-        raise SettingError(f"cache is {every}, but only the torch backend sees single blocks: leave it out.")
-    return cache_blocks(denoiser, every)
-
-
-def _open(checkpoint: Path, config: SampleConfig) -> tuple[Denoiser, Decode, int]:
-    """The torch runtime of a checkpoint, and its codec."""
-    import torch
-
-    from ditcli.codecs.codec import numpy_decoder
-    from ditcli.codecs.named import open_named_codec
-    from ditcli.denoisers.torch_denoiser import open_denoiser
-    from ditcli.devices import choose_dtype, open_device
-
-    device = open_device(config.device)
-    dtype = choose_dtype(config.precision, device)
-    denoiser, model = open_denoiser(checkpoint, ema=config.ema, device=device, dtype=dtype)
-    codec = open_named_codec(config.vae or model.codec, device=device, dtype=torch.float32)
-    return denoiser, numpy_decoder(codec), model.step

@@ -192,10 +192,9 @@ def onnx_candidates(
 ) -> dict[str, Callable[[], np.ndarray]]:
     """ONNX Runtime on exports of opset 20 and 23, where ditcli can export."""
     try:
+        from ditcli.config import ExportConfig
         from ditcli.denoisers.onnx_denoiser import open_denoiser as open_onnx
         from ditcli.export import export_onnx
-
-        from ditcli.config import ExportConfig
     except ImportError as error:
         tell(f"ONNX Runtime is left out: {error}")
         return {}

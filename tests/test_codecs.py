@@ -16,11 +16,11 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ditcli.codecs import Codec, PixelCodec, open_codec, save_codec
 from ditcli.codecs.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from ditcli.codecs.autoencoder_tiny import AutoencoderTiny, AutoencoderTinyConfig
-from ditcli.codecs.codec import Autoencoder, AutoencoderCodec
-from ditcli.codecs.folder import WEIGHTS, read_autoencoder
+from ditcli.codecs.codec import Autoencoder, AutoencoderCodec, Codec
+from ditcli.codecs.folder import WEIGHTS, open_codec, read_autoencoder, save_codec
+from ditcli.codecs.pixels import PixelCodec
 from ditcli.errors import CheckpointError, ModelNotFoundError
 
 KL = AutoencoderKLConfig(block_out_channels=(8, 16), norm_num_groups=4, scaling_factor=0.5, shift_factor=0.1)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ditcli.codecs import PixelCodec, open_codec
+from ditcli.codecs.folder import open_codec
+from ditcli.codecs.pixels import PixelCodec
 from ditcli.data import latents
 from ditcli.data.folders import open_dataset
 from ditcli.data.latents import cache_folder, load_latents

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from ditcli.codecs import PixelCodec
+from ditcli.codecs.pixels import PixelCodec
 from ditcli.config import DiffusionConfig, TrainConfig
 from ditcli.data.latents import Latents
 from ditcli.devices import choose_dtype, open_device

@@ -16,6 +16,7 @@ from ditcli.errors import DitcliError
 COMMANDS = {
     "train": ("train", "Train a DiT on a folder of images."),
     "sample": ("sample", "Draw images from a trained model."),
+    "export-onnx": ("export_onnx", "Write a trained model as ONNX files, which sample without torch."),
     "demo": ("demo", "Train a small DiT on the embedded pictures and draw from it, in a few minutes."),
 }
 

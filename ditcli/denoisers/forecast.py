@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ditcli.denoisers.torch_denoiser import TorchDenoiser
-from ditcli.diffusion.denoiser import Wrapper
+from ditcli.diffusion.denoiser import Denoiser, Wrapper
 from ditcli.diffusion.process import Array
 
 ORDER = 2  # of the polynomial through the latest features
@@ -63,8 +62,9 @@ class CachedDenoiser(Wrapper):
         return self.denoiser(x_t, t, labels)
 
 
-def cache_blocks(denoiser: TorchDenoiser, every: int) -> CachedDenoiser:
-    """The denoiser with its network's blocks replaced, for good, by their forecast."""
+def cache_blocks(denoiser: Denoiser, every: int) -> CachedDenoiser:
+    """The torch denoiser with its network's blocks replaced, for good, by their forecast."""
+    assert isinstance(denoiser, TorchDenoiser)
     forecast = Forecast(denoiser.module.blocks, every)  # type: ignore[arg-type]
     denoiser.module.blocks = nn.ModuleList([forecast])
     return CachedDenoiser(denoiser, forecast)
