@@ -16,6 +16,7 @@ from ditcli.errors import DitcliError
 COMMANDS = {
     "train": ("train", "Train a DiT on a folder of images."),
     "sample": ("sample", "Draw images from a trained model."),
+    "fid": ("fid", "Score pictures against real ones: FID, KID and more."),
     "demo": ("demo", "Train a small DiT on the embedded pictures and draw from it, in a few minutes."),
 }
 
