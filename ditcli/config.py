@@ -217,12 +217,22 @@ class TrainConfig(Config):
     sample_num: int = option(4, "Samples per class in a grid (of at most 8 classes).")
     sample_cfg: float = option(4.0, "Guidance scale of the sample grids.")
     sample_steps: int = option(50, "Sampler steps of the sample grids.")
+    eval_every: int = option(0, "Steps between scores of samples against the data; 0 scores none.")
+    eval_num: int = option(1000, "Samples per score.")
+    eval_metric: Literal["fid", "kid"] = option(
+        "fid", "Which score; the best weights are those with the lowest.", choices=("fid", "kid")
+    )
+    eval_features: str = option("inception", "Features of the score, as in `ditcli fid`: inception or an ONNX file.")
+    eval_weights: str | None = option(None, "File of the Inception weights.  [default: fetched once]")
+    eval_cfg: float = option(1.0, "Guidance scale of the scored samples.")
+    eval_steps: int = option(50, "Sampler steps of the scored samples.")
 
     COMMAND: ClassVar[str] = "train"
     # May differ when a run goes on: they change what is learnt by rounding at most.
     RESUMABLE: ClassVar[tuple[str, ...]] = (
         *("out", "steps", "micro_batch", "device", "num_workers", "log_every", "checkpoint_every", "keep_checkpoints"),
-        *("sample_every", "sample_num", "sample_cfg", "sample_steps"),
+        *("sample_every", "sample_num", "sample_cfg", "sample_steps", "eval_every", "eval_num", "eval_metric"),
+        *("eval_features", "eval_weights", "eval_cfg", "eval_steps"),
     )
 
     def __post_init__(self) -> None:
@@ -238,6 +248,15 @@ class TrainConfig(Config):
         self._check_at_least(
             0, "seed", "warmup_steps", "weight_decay", "clip_grad", "keep_checkpoints", "sample_every", "sample_cfg"
         )
+        self._check_at_least(0, "eval_every", "eval_cfg")
+        self._check_at_least(2, "eval_num")
+        self._check_at_least(1, "eval_steps")
+        if not self.eval_every:
+            for f in dataclasses.fields(self):
+                if f.name.startswith("eval_"):
+                    self._check(f.name, getattr(self, f.name) == f.default, "left out without --eval-every")
+        elif self.eval_features != "inception":
+            self._check("eval_weights", self.eval_weights is None, f"left out with {self.eval_features}")
         for name in ("label_dropout", "ema_decay", "beta1", "beta2"):
             self._check(name, 0 <= getattr(self, name) < 1, "at least 0 and less than 1")
         self._check("lr", self.lr > 0, "positive")

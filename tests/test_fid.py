@@ -11,6 +11,7 @@ import shutil
 import sys
 import threading
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,9 @@ from ditcli.evaluation.extractors import fetch_weights
 from ditcli.evaluation.sides import spread_labels
 from ditcli.evaluation.statistics import Statistics
 from ditcli.images import fit_square
+from ditcli.runs import RunDir, read_model_config
+from ditcli.training.best import BestWeights, read_scores
+from ditcli.training.metrics import read_metrics, smooth
 from ditcli.training.train import train
 
 WIDTH = 12
@@ -324,6 +328,85 @@ def test_the_floor_of_pixels_is_zero_and_that_of_a_vae_is_not(ditcli, network, t
         again = json.loads(ditcli("fid", *words)[1])  # from the cache
         assert again == result
     assert abs(floors[0]["fid"]) < 1e-6 < 1e-3 < floors[1]["fid"]
+
+
+# In training
+
+
+def train_small(out: Path, data: Path, **changes) -> RunDir:
+    settings = {"data": str(data), "pixels": True, "image_size": 16, "model": "DiT-S/4", "width": 32, "depth": 2}
+    settings |= {"num_heads": 2, "batch_size": 8, "steps": 12, "sample_every": 0, "device": "cpu", "precision": "fp32"}
+    settings |= {"log_every": 2, "checkpoint_every": 6, "lr": 3e-3, "out": str(out)}
+    return train(TrainConfig.from_dict(settings | changes))
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    write(tmp_path / "data" / "cats", pictures(0, 30))
+    write(tmp_path / "data" / "dogs", pictures(1, 10))
+    return tmp_path / "data"
+
+
+def test_training_writes_scores_that_the_command_finds_too_and_keeps_the_best(fid, network, data, tmp_path):
+    for metric in ("fid", "kid"):
+        scored = {"eval_every": 5, "eval_num": 16, "eval_steps": 4, "eval_cfg": 2.0, "eval_metric": metric}
+        run = train_small(tmp_path / metric, data, eval_features=str(network), **scored)
+        name = f"{'FD' if metric == 'fid' else 'KD'} (small) of 16 samples, cfg 2, 4 steps"
+        scores = read_scores(run.scores_file, name)
+        assert [step for step, _ in scores] == [5, 10, 12]
+        words = ("--num", 16, "--steps", 4, "--cfg", 2, "--device", "cpu", "--metrics", metric)
+        found = fid(data, run.checkpoint_file(12), *words)
+        assert values(found)[metric] == pytest.approx(scores[-1][1], rel=1e-4)
+        best = min(scores, key=lambda row: row[1])
+        assert read_model_config(run.best_file).step == best[0]
+        assert values(fid(data, run.best_file, *words))[metric] == pytest.approx(best[1], rel=1e-4)
+
+
+def test_scoring_changes_nothing_that_is_learnt_and_goes_on_where_it_stopped(network, data, tmp_path):
+    scored = {"eval_every": 4, "eval_num": 6, "eval_steps": 2, "eval_features": str(network)}
+    plain = train_small(tmp_path / "plain", data)
+    whole = train_small(tmp_path / "whole", data, **scored)
+    train_small(tmp_path / "halves", data, steps=8, **scored)
+    halves = train_small(tmp_path / "halves", data, **scored)
+    last = [load_file(run.checkpoint_file(12)) for run in (plain, whole, halves)]
+    best = [load_file(run.best_file) for run in (whole, halves)]
+    for first, *others in (last, best):
+        assert all(np.array_equal(first[key], other[key]) for key in first for other in others)
+    assert whole.scores_file.read_text() == halves.scores_file.read_text()
+    whole.scores_file.write_text(whole.scores_file.read_text() + "16,0.0\n2")  # of a killed run, half-written
+    train_small(tmp_path / "whole", data, steps=13, **scored)
+    assert [line.split(",")[0] for line in whole.scores_file.read_text().split()[-4:]] == ["4", "8", "12", "13"]
+
+
+def test_without_an_extractor_the_best_weights_are_those_of_the_lowest_loss(data, tmp_path):
+    run = train_small(tmp_path / "run", data, keep_checkpoints=0)
+    assert not run.scores_file.exists()
+    rows = read_metrics(run.metrics_file)
+    losses = dict(zip((row.step for row in rows), smooth([row.loss for row in rows]), strict=True))
+    best = min(run.saved_steps(), key=losses.__getitem__)
+    assert run.best_file.read_bytes() == run.checkpoint_file(best).read_bytes()
+    # Going on with a loss that is worse, then better, than that of the best step.
+    rows = [row for row in rows if row.step <= best]
+    weights = BestWeights(run, best)
+    for step, loss, kept in ((20, 9.0, best), (30, 1e-9, 30), (40, 1.0, 30)):
+        rows.append(replace(rows[-1], step=step, loss=loss))
+        path = run.checkpoint_file(step)
+        shutil.copy(run.checkpoint_file(best), path)
+        weights.judge_loss(step, rows, save=lambda: pytest.fail("the checkpoint is there"))
+        assert run.best_file.samefile(run.checkpoint_file(kept)) == (kept != best)
+        assert weights.step == kept
+
+
+def test_a_score_that_cannot_be_computed_stops_before_training(data, tmp_path):
+    for settings, sentence in (
+        ({"eval_every": 2, "eval_features": "none.onnx"}, "there is no such file"),
+        ({"eval_every": 2, "eval_weights": "none.pth"}, "none.pth: cannot be read"),
+        ({"eval_num": 9}, "eval-num is 9, but must be left out without --eval-every"),
+        ({"eval_every": 2, "eval_features": "a.onnx", "eval_weights": "a.pth"}, "eval-weights is 'a.pth'"),
+    ):
+        with pytest.raises(DitcliError, match=sentence):
+            train_small(tmp_path / "run", data, **settings)
+    assert not RunDir(tmp_path / "run").metrics_file.exists()
 
 
 # The cache

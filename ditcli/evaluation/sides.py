@@ -68,7 +68,14 @@ class Side(Protocol):
 def open_side(name: str, config: FidConfig) -> Side:
     """The pictures that a name leads to; DataError where there are none. Statistics are no pictures."""
     path = Path(name).expanduser()
-    if (path.is_dir() and not runs.is_run(path)) or (name in EMBEDDED and not path.exists()):
+    if path.is_dir():
+        try:
+            return ModelSide(name, hub.find_checkpoint(str(path.resolve())), config)
+        except ModelNotFoundError:
+            if runs.is_run(path):
+                raise
+            return FolderSide(name, open_dataset(name))
+    if name in EMBEDDED:
         return FolderSide(name, open_dataset(name))
     if path.is_file() and path.suffix != ".safetensors":
         if path.suffix == ".npz":
