@@ -223,7 +223,7 @@ class TrainConfig(Config):
         "fid", "Which score; the best weights are those with the lowest.", choices=("fid", "kid")
     )
     eval_features: str = option("inception", "Features of the score, as in `ditcli fid`: inception or an ONNX file.")
-    eval_weights: str | None = option(None, "File of the Inception weights.  [default: fetched once]")
+    eval_weights: str | None = option(None, "Inception weights, as in `ditcli fid`.  [default: fetched once]")
     eval_cfg: float = option(1.0, "Guidance scale of the scored samples.")
     eval_steps: int = option(50, "Sampler steps of the scored samples.")
 
@@ -483,7 +483,9 @@ class FidConfig(Config):
         "fid, kid, is (Inception Score), pr (precision and recall).  [default: fid, and kid where both have pictures]",
     )
     features: str = option("inception", "inception, or an ONNX file that maps N x 3 x H x W in [0,1] to N x D.")
-    weights: str | None = option(None, "File of the Inception weights of 2015-12-05.  [default: fetched once]")
+    weights: str | None = option(
+        None, "Inception weights of 2015-12-05: a file, or OWNER/REPOSITORY/FILE on the Hub.  [default: fetched once]"
+    )
     resize: FidResize | None = option(
         None, "Whose resize to 299 Inception sees.  [default: torch-fidelity]", choices=FidResize
     )

@@ -8,11 +8,13 @@ import itertools
 import json
 import os
 import shutil
+import subprocess
 import sys
 import threading
 import zipfile
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import onnx
@@ -27,8 +29,9 @@ from ditcli.cli import main
 from ditcli.config import FidConfig, TrainConfig
 from ditcli.errors import DitcliError, SettingError
 from ditcli.evaluation import inception
-from ditcli.evaluation.extractors import fetch_weights
-from ditcli.evaluation.sides import spread_labels
+from ditcli.evaluation.extractors import fetch_weights, find_weights
+from ditcli.evaluation.processes import Processes
+from ditcli.evaluation.sides import open_side, spread_labels
 from ditcli.evaluation.statistics import Statistics
 from ditcli.images import fit_square
 from ditcli.runs import RunDir, read_model_config
@@ -388,12 +391,12 @@ def test_without_an_extractor_the_best_weights_are_those_of_the_lowest_loss(data
     # Going on with a loss that is worse, then better, than that of the best step.
     rows = [row for row in rows if row.step <= best]
     weights = BestWeights(run, best)
-    for step, loss, kept in ((20, 9.0, best), (30, 1e-9, 30), (40, 1.0, 30)):
-        rows.append(replace(rows[-1], step=step, loss=loss))
+    for step, loss, kept in ((100, 9.0, best), (200, 0.1, 200), (300, 0.2, 200)):
+        rows += [replace(rows[-1], step=step - k, loss=loss) for k in reversed(range(50))]
         path = run.checkpoint_file(step)
         shutil.copy(run.checkpoint_file(best), path)
         weights.judge_loss(step, rows, save=lambda: pytest.fail("the checkpoint is there"))
-        assert run.best_file.samefile(run.checkpoint_file(kept)) == (kept != best)
+        assert run.best_file.samefile(run.checkpoint_file(kept))
         assert weights.step == kept
 
 
@@ -569,17 +572,65 @@ def test_settings_are_checked_before_anything_is_opened():
     assert FidConfig.from_dict({"real": "a", "fake": "b", "metrics": ["fid,KID", "fid"]}).metrics == ("fid", "kid")
 
 
+# Several processes
+
+
+def test_parts_of_a_side_make_the_whole(run, tmp_path):
+    folder = write(tmp_path / "folder", pictures(0, 9, 40, 30))
+    np.savez("side.npz", np.stack(pictures(0, 9)))
+    write_zip(tmp_path / "side.zip", folder)
+    config = FidConfig(real="a", fake="b", num=9, steps=2, device="cpu")
+    for name in ("folder", "side.npz", "side.zip", str(run)):
+        side = open_side(name, config)
+        whole = list(side.read(range(9), 16, 2))
+        parts = [picture for rank in range(4) for picture in side.read(Processes(rank, 4).part(9), 16, 2)]
+        assert [picture.size for picture in parts] == [picture.size for picture in whole]
+        np.testing.assert_array_equal([p.pixels for p in parts], [p.pixels for p in whole])
+
+
+def test_several_processes_find_what_one_finds(fid, network, tmp_path):
+    real = write(tmp_path / "real", pictures(0, 31, 40, 40))
+    (real / "007.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    np.savez("fake.npz", np.stack(pictures(1, 33)))
+    words = ["--metrics", "fid,kid,pr", "--features", str(network), "--json"]
+    alone = fid(real, "fake.npz", *words)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--"]
+    shared = subprocess.run(
+        [sys.executable, *launcher, "ditcli", "fid", "--real", str(real), "--fake", "fake.npz", *words],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "DITCLI_CACHE": str(tmp_path / "another")},
+        capture_output=True,
+        text=True,
+    )
+    assert shared.returncode == 0, shared.stderr
+    together = json.loads(shared.stdout)
+    assert {key: together[key] for key in ("real", "fake")} == {key: alone[key] for key in ("real", "fake")}
+    for key, value in values(alone).items():
+        assert values(together)[key] == pytest.approx(value, rel=1e-5, abs=1e-9)
+
+
 # The public weights
 
 
 class Server(http.server.BaseHTTPRequestHandler):
-    """Gives the right file at /right, another at /other, nothing elsewhere."""
+    """Gives the right file at /right and as the Hub does, another file at /other, nothing elsewhere."""
+
+    FILES: ClassVar = {
+        "/right.pth": b"the weights",
+        "/other.pth": b"another file",
+        "/someone/scores/resolve/main/inception.pth": b"the weights",
+    }
+
+    def do_HEAD(self) -> None:
+        content = self.FILES.get(self.path)
+        self.send_response(404 if content is None else 200)
+        self.send_header("Content-Length", str(len(content or b"")))
+        self.send_header("ETag", '"abc"')
+        self.send_header("X-Repo-Commit", "0" * 40)
+        self.end_headers()
 
     def do_GET(self) -> None:
-        content = {"/right.pth": b"the weights", "/other.pth": b"another file"}.get(self.path)
-        self.send_response(404 if content is None else 200)
-        self.end_headers()
-        self.wfile.write(content or b"")
+        self.do_HEAD()
+        self.wfile.write(self.FILES.get(self.path, b""))
 
     def log_message(self, *args: object) -> None:
         pass
@@ -613,6 +664,17 @@ def test_weights_are_fetched_once_and_their_hash_is_checked(server, monkeypatch,
     (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
     (tmp_path / "hub" / "checkpoints" / "right.pth").write_bytes(b"the weights")  # as another tool left it
     assert fetch_weights().name == "right.pth"
+
+
+def test_weights_come_from_the_hub_by_name(server, monkeypatch, tmp_path):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "ENDPOINT", server)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server + "/{repo_id}/resolve/{revision}/{filename}")
+    assert find_weights("someone/scores/inception.pth").read_bytes() == b"the weights"
+    with pytest.raises(DitcliError, match="the Hub does not give it"):
+        find_weights("someone/scores/none.pth")
 
 
 # Real pictures

@@ -26,7 +26,8 @@ def command(as_json: bool, **options: Any) -> None:
 
     Either side is a folder in any layout that `ditcli train` reads, a .zip of pictures, an .npz of ADM's suite (arr_0,
     or mu and sigma), statistics written with --save-stats, or a model, from which pictures are drawn. Real pictures are
-    cropped and resized to the fakes' size, as in training. Features of a folder are computed once and kept.
+    cropped and resized to the fakes' size, as in training. Features of a folder are computed once and kept. Several
+    processes share the work: torchrun --nproc-per-node 4 -m -- ditcli fid ...
     """
     config = FidConfig.from_dict(given(options))
     if not config.real:
@@ -36,6 +37,8 @@ def command(as_json: bool, **options: Any) -> None:
     from ditcli.progress import say
 
     scores = score(config)
+    if scores is None:  # another process of the same score
+        return
     for note in scores.notes:
         say(f"Note: {note}")
     click.echo(to_json(scores) if as_json else to_text(scores))

@@ -23,7 +23,7 @@ def open_extractor(
 ) -> Extractor:
     """`inception`, with the weights in a file or the public ones, or the ONNX file of that name."""
     if features == "inception":
-        path = Path(weights).expanduser() if weights else fetch_weights()
+        path = find_weights(weights) if weights else fetch_weights()
         return inception.InceptionFeatures(path, resize=resize or "torch-fidelity", device=device)
     path = Path(features).expanduser()
     if not path.is_file():
@@ -31,6 +31,22 @@ def open_extractor(
             f"features is {features!r}, but must be inception or an ONNX file, and there is no such file."
         )
     return OnnxFeatures(path)
+
+
+def find_weights(name: str) -> Path:
+    """A file of weights, or OWNER/REPOSITORY/FILE on the Hub, fetched once and cached."""
+    path = Path(name).expanduser()
+    if path.exists() or name.count("/") < 2 or name.startswith((".", "/", "~")):
+        return path  # whose absence the reader reports
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    owner, repository, file = name.split("/", 2)
+    try:
+        return Path(hf_hub_download(f"{owner}/{repository}", file))
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise DitcliError(f"weights {name!r} is no file here, and the Hub does not give it: {reason}") from error
 
 
 def fetch_weights() -> Path:

@@ -7,7 +7,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
@@ -18,12 +18,14 @@ from ditcli.codecs.codec import Codec
 from ditcli.data.latents import cache_folder
 from ditcli.errors import DataError, DitcliError, UnreadableImageError
 from ditcli.evaluation.features import Extractor, extractor_id
+from ditcli.evaluation.processes import Processes
 from ditcli.evaluation.sides import Picture, Side
 from ditcli.evaluation.statistics import Accumulator, Pictures, Statistics
 from ditcli.progress import progress, say
 
 BATCH = 32
 MOST_NAMED = 5
+ALONE = Processes()
 
 View = Callable[[list[np.ndarray]], list[np.ndarray]]
 
@@ -36,11 +38,13 @@ def gather(
     keep_features: bool = False,
     codec: Codec | None = None,
     num_workers: int | None = None,
+    processes: Processes = ALONE,
 ) -> list[Statistics]:
     """Statistics of a side's pictures, and of their reconstructions by a codec where one is given, in one pass.
 
     Unreadable pictures are left out and named. What was gathered before of the same pictures, with the same extractor
-    and treatment, comes from the cache. DitcliError for fewer than 2 pictures and for features that are NaN.
+    and treatment, comes from the cache. Of several processes each reads a part, and all return the whole. DitcliError
+    for fewer than 2 pictures and for features that are NaN.
     """
     views: list[tuple[str, View]] = [("", lambda images: images)]
     if codec:
@@ -52,13 +56,13 @@ def gather(
         paths = [cache_folder() / "statistics" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz" for key in keys]
         cached = [_read_cache(path, keep_features, side) for path in paths if path]
         found = [statistics for statistics in cached if statistics]
-        if len(found) == len(views):
+        if all(processes.collect(len(found) == len(views))):
             say(f"{side.name}: {found[0].count:,} pictures, whose features are known from an earlier run.")
             _report(side.name, found[0].pictures.unreadable if found[0].pictures else ())
             return found
-    gathered = _pass(side, extractor, [view for _, view in views], image_size, keep_features, num_workers)
+    gathered = _pass(side, extractor, [view for _, view in views], image_size, keep_features, num_workers, processes)
     for statistics, path in zip(gathered, paths, strict=True):
-        if path:
+        if path and processes.rank == 0:
             _write_cache(path, statistics)
     return gathered
 
@@ -72,6 +76,27 @@ def reconstruct(codec: Codec, images: list[np.ndarray]) -> list[np.ndarray]:
     return decoded
 
 
+@dataclass
+class Part:
+    """What one process gathered; `sums` and `kept` have an entry for each view."""
+
+    sums: list[Accumulator]
+    kept: list[list[np.ndarray]]
+    sizes: Counter[str] = field(default_factory=Counter)
+    num_jpeg: int = 0
+    unreadable: list[str] = field(default_factory=list)
+
+    def join(self, other: Part) -> None:
+        """Take in the part that follows this one."""
+        for accumulator, later in zip(self.sums, other.sums, strict=True):
+            accumulator.merge(later)
+        for rows, later_rows in zip(self.kept, other.kept, strict=True):
+            rows += later_rows
+        self.sizes += other.sizes
+        self.num_jpeg += other.num_jpeg
+        self.unreadable += other.unreadable
+
+
 def _pass(
     side: Side,
     extractor: Extractor,
@@ -79,37 +104,40 @@ def _pass(
     image_size: int | None,
     keep_features: bool,
     num_workers: int | None,
+    processes: Processes,
 ) -> list[Statistics]:
-    sums = [Accumulator(extractor.width) for _ in views]
-    kept: list[list[np.ndarray]] = [[] for _ in views]
-    sizes: Counter[str] = Counter()
-    num_jpeg = 0
-    unreadable: list[str] = []
-    pictures = side.read(image_size, num_workers or os.cpu_count() or 1)
-    with progress(f"features of {side.name}", len(side)) as advance:
+    part = Part([Accumulator(extractor.width) for _ in views], [[] for _ in views])
+    indices = processes.part(len(side))
+    pictures = side.read(indices, image_size, num_workers or os.cpu_count() or 1)
+    with progress(f"features of {side.name}", len(indices)) as advance:
         for batch in _batches(pictures):
             good = [picture for picture in batch if isinstance(picture, Picture)]
-            unreadable += [str(picture) for picture in batch if isinstance(picture, UnreadableImageError)]
-            sizes.update(f"{width}x{height}" for width, height in (picture.size for picture in good))
-            num_jpeg += sum(picture.is_jpeg for picture in good)
+            part.unreadable += [str(picture) for picture in batch if isinstance(picture, UnreadableImageError)]
+            part.sizes.update(f"{width}x{height}" for width, height in (picture.size for picture in good))
+            part.num_jpeg += sum(picture.is_jpeg for picture in good)
             images = [picture.pixels for picture in good]
-            for view, accumulator, rows in zip(views, sums, kept, strict=True):
+            for view, accumulator, rows in zip(views, part.sums, part.kept, strict=True):
                 if images:
                     features = extractor(_together(view(images)))
                     accumulator.update(features)
                     rows += [features] if keep_features else []
-            advance(len(batch), f"{len(unreadable):,} unreadable" if unreadable else "")
-    _report(side.name, unreadable)
-    count = sums[0].count
+            advance(len(batch), f"{len(part.unreadable):,} unreadable" if part.unreadable else "")
+    whole, *others = processes.collect(part)
+    for other in others:
+        whole.join(other)
+    _report(side.name, whole.unreadable)
+    count = whole.sums[0].count
     if count < 2:
-        left_out = f" ({len(unreadable):,} could not be read)" if unreadable else ""
+        left_out = f" ({len(whole.unreadable):,} could not be read)" if whole.unreadable else ""
         raise DataError(f"{side.name} has {count} usable pictures{left_out}, but a score needs at least 2.")
-    facts = Pictures(side.name, side.layout, count, dict(sizes), num_jpeg, image_size, tuple(unreadable))
+    facts = Pictures(
+        side.name, side.layout, count, dict(whole.sizes), whole.num_jpeg, image_size, tuple(whole.unreadable)
+    )
     return [
         accumulator.statistics(
             extractor_id(extractor), pictures=facts, features=np.concatenate(rows) if keep_features else None
         )
-        for accumulator, rows in zip(sums, kept, strict=True)
+        for accumulator, rows in zip(whole.sums, whole.kept, strict=True)
     ]
 
 

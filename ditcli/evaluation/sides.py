@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -61,8 +62,8 @@ class Side(Protocol):
     def fingerprint(self) -> str | None:
         """Changes when a picture does; None where results are not worth keeping."""
 
-    def read(self, image_size: int | None, num_workers: int) -> Iterator[Picture | UnreadableImageError]:
-        """Every picture in order: its centre square resized to `image_size`, or as it is for None."""
+    def read(self, part: range, image_size: int | None, num_workers: int) -> Iterator[Picture | UnreadableImageError]:
+        """A part of the pictures, in order: their centre squares resized to `image_size`, or as they are for None."""
 
 
 def open_side(name: str, config: FidConfig) -> Side:
@@ -108,7 +109,7 @@ class FolderSide:
     def fingerprint(self) -> str:
         return self.dataset.fingerprint()
 
-    def read(self, image_size: int | None, num_workers: int) -> Iterator[Picture | UnreadableImageError]:
+    def read(self, part: range, image_size: int | None, num_workers: int) -> Iterator[Picture | UnreadableImageError]:
         dataset = self.dataset
 
         def load(index: int) -> Picture:
@@ -119,7 +120,7 @@ class FolderSide:
             with path.open("rb") as file:
                 return _treat(image, image_size, file.read(3))
 
-        return _read_ahead(load, len(dataset), num_workers)
+        return _read_ahead(load, part, num_workers)
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ class ZipSide:
         facts = [(member.filename, member.CRC, member.file_size) for member in self._members()]
         return hashlib.sha256(repr(facts).encode("utf-8", "surrogatepass")).hexdigest()
 
-    def read(self, image_size: int | None, num_workers: int) -> Iterator[Picture | UnreadableImageError]:
+    def read(self, part: range, image_size: int | None, num_workers: int) -> Iterator[Picture | UnreadableImageError]:
         members = self._members()
         with zipfile.ZipFile(self.path) as archive:
 
@@ -152,7 +153,7 @@ class ZipSide:
                     raise UnreadableImageError(member.filename, str(error)) from error
                 return _treat(read_image(data, member.filename), image_size, data)
 
-            yield from _read_ahead(load, len(members), num_workers)
+            yield from _read_ahead(load, part, num_workers)
 
     def _members(self) -> list[zipfile.ZipInfo]:
         try:
@@ -205,12 +206,12 @@ class ArraySide:
         with zipfile.ZipFile(self.path) as archive:
             return f"{self._header()} {archive.getinfo('arr_0.npy').CRC}"
 
-    def read(self, image_size: int | None, num_workers: int) -> Iterator[Picture | UnreadableImageError]:
-        (num, height, width, _), start = self._header()
+    def read(self, part: range, image_size: int | None, num_workers: int) -> Iterator[Picture | UnreadableImageError]:
+        (_, height, width, _), start = self._header()
         try:
             with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as file:
-                file.read(start)
-                for _ in range(num):
+                file.seek(start + part.start * height * width * 3)
+                for _ in part:
                     data = file.read(height * width * 3)
                     image = Image.fromarray(np.frombuffer(data, np.uint8).reshape(height, width, 3))
                     yield _treat(image, image_size)
@@ -268,15 +269,15 @@ class ModelSide:
     def fingerprint(self) -> None:
         return None
 
-    def read(self, image_size: int | None, num_workers: int) -> Iterator[Picture | UnreadableImageError]:
+    def read(self, part: range, image_size: int | None, num_workers: int) -> Iterator[Picture | UnreadableImageError]:
         from ditcli.sampling import draw
 
         config = self.config
         drawn = draw(
             self.denoiser,
             self.decode,
-            labels=spread_labels(self.label_counts, config.num),
-            seeds=range(config.seed, config.seed + config.num),
+            labels=spread_labels(self.label_counts, config.num)[part.start : part.stop],
+            seeds=[config.seed + k for k in part],
             cfg=config.cfg,
             steps=config.steps,
             sampler=config.sampler,
@@ -297,7 +298,9 @@ def _treat(image: Image.Image, image_size: int | None, head: bytes = b"") -> Pic
     return Picture(pixels, image.size, head.startswith(b"\xff\xd8\xff"))
 
 
-def _read_ahead(load: Callable[[int], Picture], num: int, num_workers: int) -> Iterator[Picture | UnreadableImageError]:
+def _read_ahead(
+    load: Callable[[int], Picture], part: range, num_workers: int
+) -> Iterator[Picture | UnreadableImageError]:
     """load(0), load(1), ... in order, by threads that run a little ahead of the extractor."""
 
     def attempt(index: int) -> Picture | UnreadableImageError:
@@ -307,12 +310,12 @@ def _read_ahead(load: Callable[[int], Picture], num: int, num_workers: int) -> I
             return error
 
     with ThreadPoolExecutor(num_workers) as pool:
-        waiting = deque(pool.submit(attempt, index) for index in range(min(num, READ_AHEAD)))
+        later = iter(part)
+        waiting = deque(pool.submit(attempt, index) for index in islice(later, READ_AHEAD))
         try:
-            for index in range(READ_AHEAD, num + READ_AHEAD):
+            while waiting:
                 done = waiting.popleft()
-                if index < num:
-                    waiting.append(pool.submit(attempt, index))
+                waiting.extend(pool.submit(attempt, index) for index in islice(later, 1))
                 yield done.result()
         finally:
             for future in waiting:
