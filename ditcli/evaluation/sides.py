@@ -69,27 +69,22 @@ class Side(Protocol):
 def open_side(name: str, config: FidConfig) -> Side:
     """The pictures that a name leads to; DataError where there are none. Statistics are no pictures."""
     path = Path(name).expanduser()
-    if path.is_dir():
-        try:
-            return ModelSide(name, hub.find_checkpoint(str(path.resolve())), config)
-        except ModelNotFoundError:
-            if runs.is_run(path):
-                raise
-            return FolderSide(name, open_dataset(name))
-    if name in EMBEDDED:
+    if path.is_file() and path.suffix == ".npz":
+        return ArraySide(name, path)
+    if path.is_file() and zipfile.is_zipfile(path):
+        return ZipSide(name, path)
+    if name in EMBEDDED and not path.exists():
         return FolderSide(name, open_dataset(name))
-    if path.is_file() and path.suffix != ".safetensors":
-        if path.suffix == ".npz":
-            return ArraySide(name, path)
-        if zipfile.is_zipfile(path):
-            return ZipSide(name, path)
-        raise DataError(f"{name} is no .zip, no .npz and no model: give one of these, or a folder of pictures.")
     try:
-        return ModelSide(name, hub.find_checkpoint(name), config)
+        # A folder here comes before a run of that name in runs/.
+        checkpoint = hub.find_checkpoint(str(path.resolve()) if path.exists() else name)
     except ModelNotFoundError as error:
+        if path.is_dir() and not runs.is_run(path):
+            return FolderSide(name, open_dataset(name))
         if path.exists():
             raise
         raise DataError(f"there is no {name}: give a folder, a .zip, an .npz, a run or a checkpoint.") from error
+    return ModelSide(name, checkpoint, config)
 
 
 @dataclass(frozen=True)
