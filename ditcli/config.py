@@ -27,6 +27,7 @@ Precision = Literal["auto", "bf16", "fp32"]
 VaeKind = Literal["kl", "vq"]
 Backend = Literal["auto", "torch", "onnx"]
 ExportDtype = Literal["fp32", "fp16"]
+FidResize = Literal["torch-fidelity", "pytorch-fid"]
 
 DEFAULT_VAE = "stabilityai/sd-vae-ft-ema"
 
@@ -218,12 +219,22 @@ class TrainConfig(Config):
     sample_num: int = option(4, "Samples per class in a grid (of at most 8 classes).")
     sample_cfg: float = option(4.0, "Guidance scale of the sample grids.")
     sample_steps: int = option(50, "Sampler steps of the sample grids.")
+    eval_every: int = option(0, "Steps between scores of samples against the data; 0 scores none.")
+    eval_num: int = option(1000, "Samples per score.")
+    eval_metric: Literal["fid", "kid"] = option(
+        "fid", "Which score; the best weights are those with the lowest.", choices=("fid", "kid")
+    )
+    eval_features: str = option("inception", "Features of the score, as in `ditcli fid`: inception or an ONNX file.")
+    eval_weights: str | None = option(None, "Inception weights, as in `ditcli fid`.  [default: fetched once]")
+    eval_cfg: float = option(1.0, "Guidance scale of the scored samples.")
+    eval_steps: int = option(50, "Sampler steps of the scored samples.")
 
     COMMAND: ClassVar[str] = "train"
     # May differ when a run goes on: they change what is learnt by rounding at most.
     RESUMABLE: ClassVar[tuple[str, ...]] = (
         *("out", "steps", "micro_batch", "device", "num_workers", "log_every", "checkpoint_every", "keep_checkpoints"),
-        *("sample_every", "sample_num", "sample_cfg", "sample_steps"),
+        *("sample_every", "sample_num", "sample_cfg", "sample_steps", "eval_every", "eval_num", "eval_metric"),
+        *("eval_features", "eval_weights", "eval_cfg", "eval_steps"),
     )
 
     def __post_init__(self) -> None:
@@ -239,6 +250,15 @@ class TrainConfig(Config):
         self._check_at_least(
             0, "seed", "warmup_steps", "weight_decay", "clip_grad", "keep_checkpoints", "sample_every", "sample_cfg"
         )
+        self._check_at_least(0, "eval_every", "eval_cfg")
+        self._check_at_least(2, "eval_num")
+        self._check_at_least(1, "eval_steps")
+        if not self.eval_every:
+            for f in dataclasses.fields(self):
+                if f.name.startswith("eval_"):
+                    self._check(f.name, getattr(self, f.name) == f.default, "left out without --eval-every")
+        elif self.eval_features != "inception":
+            self._check("eval_weights", self.eval_weights is None, f"left out with {self.eval_features}")
         for name in ("label_dropout", "ema_decay", "beta1", "beta2"):
             self._check(name, 0 <= getattr(self, name) < 1, "at least 0 and less than 1")
         self._check("lr", self.lr > 0, "positive")
@@ -471,6 +491,65 @@ class ExportConfig(Config):
     def __post_init__(self) -> None:
         self._check_types()
         self._check("opset", 20 <= self.opset <= 23, "20, 21, 22 or 23")
+
+
+METRICS = ("fid", "kid", "is", "pr")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FidConfig(Config):
+    """`ditcli fid`: two sides, what to compare of them, and how pictures become features."""
+
+    real: str = option("", "The real side: folder, .zip, .npz of ADM's suite, saved statistics, or model.")
+    fake: str | None = option(None, "The side to score, of the same kinds.")
+    metrics: tuple[str, ...] = option(
+        (),
+        "fid, kid, is (Inception Score), pr (precision and recall).  [default: fid, and kid where both have pictures]",
+    )
+    features: str = option("inception", "inception, or an ONNX file that maps N x 3 x H x W in [0,1] to N x D.")
+    weights: str | None = option(
+        None, "Inception weights of 2015-12-05: a file, or OWNER/REPOSITORY/FILE on the Hub.  [default: fetched once]"
+    )
+    resize: FidResize | None = option(
+        None, "Whose resize to 299 Inception sees.  [default: torch-fidelity]", choices=FidResize
+    )
+    image_size: int | None = option(
+        None, "Crop and resize both sides to squares of this side.  [default: the fake side's, for the real one]"
+    )
+    codec: str | None = option(None, "VAE whose floor to score too: real pictures against their reconstructions.")
+    save_stats: str | None = option(None, "Write the real side's statistics and features to this .npz.")
+
+    num: int = option(10_000, "Model: pictures to draw.")
+    cfg: float = option(1.0, "Model: scale of classifier-free guidance; 1 is none.")
+    steps: int = option(50, "Model: sampler steps.")
+    sampler: SamplerName = option("ddim", "Model: sampler.", choices=SamplerName)
+    seed: int = option(0, "Model: seed of the first picture; the next has the next.")
+    batch_size: int = option(16, "Model: pictures drawn at a time; changes none.")
+
+    num_workers: int | None = option(None, "Threads that read pictures.  [default: number of cores]")
+    device: str = option("auto", "auto, cpu, cuda or cuda:N.")
+
+    # Without a model among the sides they would have no effect, and are refused.
+    OF_MODELS: ClassVar[tuple[str, ...]] = ("num", "cfg", "steps", "sampler", "seed", "batch_size")
+
+    def __post_init__(self) -> None:
+        words = tuple(word for text in self.metrics for word in text.lower().split(",") if word)
+        object.__setattr__(self, "metrics", tuple(dict.fromkeys(words)))
+        self._check_types()
+        for word in words:
+            self._check("metrics", word in METRICS, f"of {', '.join(METRICS)}.{suggest(word, METRICS)}".rstrip("."))
+        self._check_at_least(1, "image_size", "steps", "batch_size", "num_workers")
+        self._check_at_least(2, "num")
+        self._check_at_least(0, "cfg", "seed")
+        if self.features != "inception":
+            self._check("weights", self.weights is None, f"left out with --features {self.features}")
+            self._check("resize", self.resize is None, f"left out with --features {self.features}")
+            self._check("metrics", "is" not in words, "without `is`, which only --features inception has")
+        if self.fake is None:
+            self._check("fake", bool(self.codec or self.save_stats), "given, unless --save-stats or --codec is")
+            self._check("metrics", "is" not in words, "without `is` where there is no --fake")
+        npz = self.save_stats is None or self.save_stats.endswith(".npz")
+        self._check("save_stats", npz, "a name that ends with .npz")
 
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -23,7 +23,7 @@ DENOISER, DECODER = "denoiser.onnx", "decoder.onnx"
 
 @dataclass(frozen=True)
 class RunDir:
-    """`config.json`, `metrics.csv`, `loss.png`, `samples/` and `checkpoints/` of one training run.
+    """`config.json`, `metrics.csv`, `loss.png`, `samples/`, `checkpoints/` and the best weights of one training run.
 
     A checkpoint of step 1000 is `step-00001000.safetensors`, the averaged weights with the whole config, beside
     `step-00001000.state.safetensors`, what training needs to go on. The first is written last, so where it is both are.
@@ -38,6 +38,14 @@ class RunDir:
     @property
     def metrics_file(self) -> Path:
         return self.path / "metrics.csv"
+
+    @property
+    def scores_file(self) -> Path:
+        return self.path / "scores.csv"
+
+    @property
+    def best_file(self) -> Path:
+        return self.path / "best.safetensors"
 
     @property
     def loss_file(self) -> Path:

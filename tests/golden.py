@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -42,3 +43,20 @@ def reference_dit(tensors: dict[str, torch.Tensor], description: dict[str, Any])
 
 def reference_diffusion(description: dict[str, Any]) -> DiffusionConfig:
     return DiffusionConfig(learn_sigma=description["config"]["learn_sigma"])
+
+
+def inception_state() -> dict[str, torch.Tensor]:
+    """Weights for the FID Inception network, made from seeds by the rule in the golden file."""
+    recipe = json.loads((Path(__file__).parent / "golden" / "fid_inception.json").read_text())
+    tensors = {}
+    for i, (key, shape) in enumerate(sorted(recipe["keys"].items())):
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(recipe["base_seed"] + i))
+        if key.endswith("num_batches_tracked"):
+            tensors[key] = torch.tensor(0)
+        elif key.endswith(("conv.weight", "fc.weight")):
+            tensors[key] = noise * math.sqrt(2 / math.prod(shape[1:]))
+        elif key.endswith("running_var"):
+            tensors[key] = 1 + 0.1 * noise.abs()
+        else:
+            tensors[key] = float(key.endswith("bn.weight")) + 0.1 * noise
+    return tensors

@@ -5,8 +5,6 @@ The weights are not the public ones but are made from seeds, by the rule in the 
 
 from __future__ import annotations
 
-import json
-import math
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +12,7 @@ import onnx
 import pytest
 import safetensors.torch
 import torch
+from golden import inception_state
 from onnx import TensorProto, helper
 from safetensors.numpy import load_file
 
@@ -28,19 +27,7 @@ RESIZES = {"torch-fidelity": "out.torch_fidelity_2048", "pytorch-fid": "out.pyto
 
 @pytest.fixture(scope="module")
 def state() -> dict[str, torch.Tensor]:
-    recipe = json.loads((GOLDEN / "fid_inception.json").read_text())
-    tensors = {}
-    for i, (key, shape) in enumerate(sorted(recipe["keys"].items())):
-        noise = torch.randn(shape, generator=torch.Generator().manual_seed(recipe["base_seed"] + i))
-        if key.endswith("num_batches_tracked"):
-            tensors[key] = torch.tensor(0)
-        elif key.endswith(("conv.weight", "fc.weight")):
-            tensors[key] = noise * math.sqrt(2 / math.prod(shape[1:]))
-        elif key.endswith("running_var"):
-            tensors[key] = 1 + 0.1 * noise.abs()
-        else:
-            tensors[key] = float(key.endswith("bn.weight")) + 0.1 * noise
-    return tensors
+    return inception_state()
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ COMMANDS = {
     "train": ("train", "Train a DiT on a folder of images."),
     "sample": ("sample", "Draw images from a trained model."),
     "export-onnx": ("export_onnx", "Write a trained model as ONNX files, which sample without torch."),
+    "fid": ("fid", "Score pictures against real ones: FID, KID and more."),
     "demo": ("demo", "Train a small DiT on the embedded pictures and draw from it, in a few minutes."),
 }
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ditcli.denoisers.torch_denoiser import TorchDenoiser
 from ditcli.diffusion.denoiser import Denoiser, Wrapper
 from ditcli.diffusion.process import Array
 
@@ -65,6 +66,6 @@ class CachedDenoiser(Wrapper):
 def cache_blocks(denoiser: Denoiser, every: int) -> CachedDenoiser:
     """The torch denoiser with its network's blocks replaced, for good, by their forecast."""
     assert isinstance(denoiser, TorchDenoiser)
-    forecast = Forecast(denoiser.module.blocks, every)  # type: ignore[arg-type]
+    forecast = Forecast(denoiser.module.blocks, every)
     denoiser.module.blocks = nn.ModuleList([forecast])
     return CachedDenoiser(denoiser, forecast)

@@ -22,6 +22,16 @@ if TYPE_CHECKING:
 Images: TypeAlias = "np.ndarray | torch.Tensor | Sequence[np.ndarray]"
 
 
+# As the field calls it in the features of 2015-12-05, and in any others.
+RESULT_NAMES = {
+    "fid": ("FID", "FD"),
+    "kid": ("KID", "KD"),
+    "is": ("Inception Score", "Inception Score"),
+    "precision": ("precision", "precision"),
+    "recall": ("recall", "recall"),
+}
+
+
 class Extractor(Protocol):
     """A network that turns pictures into features. Scores are comparable only between equal extractors."""
 
@@ -41,6 +51,10 @@ class Extractor(Protocol):
     def weights_sha256(self) -> str:
         """Of the weights file."""
 
+    @property
+    def resize(self) -> str:
+        """How pictures come to the network's size."""
+
     def __call__(self, images: Images) -> np.ndarray:
         """uint8 pictures -> float32 features (N, D).
 
@@ -49,9 +63,15 @@ class Extractor(Protocol):
         """
 
 
-def result_name(extractor: Extractor) -> str:
-    """`FID` for the network and weights that FID is defined with; any other distance names its features."""
-    return "FID" if extractor.is_fid else f"FD ({extractor.name})"
+def result_name(extractor: Extractor, metric: str = "fid") -> str:
+    """`FID`, `KID`, ... for the network and weights that they are defined with; any other names its features."""
+    defined, other = RESULT_NAMES[metric]
+    return defined if extractor.is_fid else f"{other} ({extractor.name})"
+
+
+def extractor_id(extractor: Extractor) -> str:
+    """All that decides what features are, on one line: equal lines, comparable features."""
+    return f"{extractor.name} sha256={extractor.weights_sha256} resize={extractor.resize}"
 
 
 def file_sha256(path: Path) -> str:
@@ -105,6 +125,7 @@ class OnnxFeatures:
             raise DitcliError(f"{path} takes exactly {shape[0]} pictures at a time: export it with a free batch size.")
         self.one_by_one = shape[0] == 1
         self.size = (shape[3], shape[2]) if isinstance(shape[2], int) and isinstance(shape[3], int) else None
+        self.resize = f"pillow-bicubic to {self.size[0]}x{self.size[1]}" if self.size else "none"
         self.input_name = inputs[0].name
         self.name = path.stem
         self.width: int = features[1]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 import torch
@@ -19,10 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ditcli.config import FidResize as Resize
 from ditcli.errors import CheckpointError
 from ditcli.evaluation.features import Images, as_batches, file_sha256
-
-Resize = Literal["torch-fidelity", "pytorch-fid"]
 
 PUBLIC_NAME = "pt_inception-2015-12-05-6726825d.pth"
 PUBLIC_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"

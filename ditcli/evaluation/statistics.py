@@ -1,10 +1,12 @@
-"""Mean and covariance of features, gathered batch by batch in float64, and their file."""
+"""What is gathered of one side, batch by batch: mean and covariance of its features in float64, and their file."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,32 +16,66 @@ from ditcli.errors import DitcliError
 
 
 @dataclass(frozen=True)
+class Pictures:
+    """What a score's reader must know of one side's pictures.
+
+    `sizes` counts them by the size they had ("178x218"), `image_size` is the side of the squares they were made into,
+    None where they were left as they are. `unreadable` are names with reasons, of pictures that were left out.
+    """
+
+    source: str
+    layout: str
+    count: int
+    sizes: dict[str, int] = field(default_factory=dict)
+    num_jpeg: int = 0
+    image_size: int | None = None
+    unreadable: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Statistics:
-    """What the Frechet distance needs to know of one side.
+    """What the metrics need to know of one side.
 
     `mu` (D,) and `sigma` (D, D), the covariance with N - 1 below, are float64. `count` is None where the file does not
-    say it (ADM's and pytorch-fid's do not), as is `extractor`, which names the features and their weights.
+    say it (ADM's and pytorch-fid's do not), as are `extractor`, which names the features and their weights, `pictures`,
+    and `features` (N, D), which only the other metrics than the Frechet distance need.
     """
 
     mu: np.ndarray
     sigma: np.ndarray
     count: int | None = None
     extractor: str | None = None
+    pictures: Pictures | None = None
+    features: np.ndarray | None = None
 
     def save(self, path: Path) -> None:
         """Write an .npz with `mu` and `sigma`, as ADM's suite and pytorch-fid read it; whole or not at all."""
-        known: dict[str, Any] = {"count": self.count, "extractor": self.extractor}
-        part = path.with_name(f".{path.name}.part")
-        with part.open("wb") as file:
-            np.savez(file, mu=self.mu, sigma=self.sigma, **{k: v for k, v in known.items() if v is not None})
-        os.replace(part, path)
+        pictures = json.dumps(dataclasses.asdict(self.pictures)) if self.pictures else None
+        known: dict[str, Any] = {
+            "count": self.count,
+            "extractor": self.extractor,
+            "pictures": pictures,
+            "features": self.features,
+        }
+        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            with part.open("wb") as file:
+                np.savez(file, mu=self.mu, sigma=self.sigma, **{k: v for k, v in known.items() if v is not None})
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
 
     @classmethod
-    def load(cls, path: Path) -> Statistics:
-        """Read an .npz of ours, of ADM's suite or of pytorch-fid; a DitcliError says what is wrong with another."""
+    def load(cls, path: Path, *, features: bool = True) -> Statistics:
+        """Read an .npz of ours, of ADM's suite or of pytorch-fid; a DitcliError says what is wrong with another.
+
+        `features` may stay in the file.
+        """
+        keys = ("mu", "sigma", "count", "extractor", "pictures", *(("features",) if features else ()))
         try:
             with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-                values = {key: arrays[key] for key in ("mu", "sigma", "count", "extractor") if key in arrays}
+                values = {key: arrays[key] for key in keys if key in arrays}
+            pictures = Pictures(**json.loads(str(values["pictures"]))) if "pictures" in values else None
         except (OSError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
             raise DitcliError(f"{path} cannot be read as an .npz of statistics: {error}") from None
         if "mu" not in values or "sigma" not in values:
@@ -51,8 +87,14 @@ class Statistics:
             raise DitcliError(f"{path}: mu {mu.shape} and sigma {sigma.shape} are no mean and covariance.")
         if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
             raise DitcliError(f"{path} holds NaN or infinite numbers: make it anew.")
-        count = int(values["count"]) if "count" in values else None
-        return cls(mu, sigma, count, str(values["extractor"]) if "extractor" in values else None)
+        return cls(
+            mu,
+            sigma,
+            int(values["count"]) if "count" in values else None,
+            str(values["extractor"]) if "extractor" in values else None,
+            pictures,
+            values.get("features"),
+        )
 
 
 class Accumulator:
@@ -96,12 +138,15 @@ class Accumulator:
         self._join(other.count, other._mean, other._scatter)
         self.count += other.count
 
-    def statistics(self, extractor: str | None = None) -> Statistics:
+    def statistics(
+        self, extractor: str | None = None, *, pictures: Pictures | None = None, features: np.ndarray | None = None
+    ) -> Statistics:
         """Mean and covariance so far; a DitcliError for fewer than 2 pictures, which have no covariance."""
         if self.count < 2:
             raise DitcliError(f"statistics need at least 2 pictures, but there are {self.count}: add some.")
         self._gather()
-        return Statistics(self._mean.copy(), self._scatter / (self.count - 1), self.count, extractor)
+        sigma = self._scatter / (self.count - 1)
+        return Statistics(self._mean.copy(), sigma, self.count, extractor, pictures, features)
 
     def _gather(self) -> None:
         if self._gathered == self.count:

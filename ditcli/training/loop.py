@@ -37,10 +37,12 @@ def run_loop(
     take_step: Callable[[], tuple[float, float]],
     save: Callable[[], object],
     draw: Callable[[], object],
+    judge: Callable[[list[Row]], bool] = lambda rows: False,
     row_type: type[Row] = Row,
 ) -> None:
     """Call `take_step`, which gives loss and gradient norm, until `config.steps`; save and draw at their intervals.
 
+    `judge` sees the rows of metrics after every step and says whether it took time, which is none of training's.
     Raises Interrupted after saving on Ctrl-C or SIGTERM, and DitcliError when gradients stay not finite.
     """
     rows = rewind_metrics(run.metrics_file, state.step, row_type)
@@ -79,6 +81,8 @@ def run_loop(
                 plot_loss(rows, run.loss_file)
             if config.sample_every and (state.step % config.sample_every == 0 or state.step == config.steps):
                 draw()
+                interval_began, interval_step = time.monotonic(), state.step
+            if judge(rows):
                 interval_began, interval_step = time.monotonic(), state.step
             if stop and state.step < config.steps:
                 raise Interrupted(f"stopped at step {state.step:,} and saved; to go on, run the same command again.")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -20,12 +22,17 @@ from ditcli.progress import say
 from ditcli.runs import RunDir
 from ditcli.sampling import draw
 from ditcli.training.batches import Batches
+from ditcli.training.best import BestWeights
 from ditcli.training.checkpoints import save_checkpoint
 from ditcli.training.ema import ema_decay, update_average
 from ditcli.training.loop import apply_gradients, learning_rate, run_loop
+from ditcli.training.metrics import Row
 from ditcli.training.objective import diffusion_loss
 from ditcli.training.setup import Setup, check_same_settings, prepare, start_or_resume
 from ditcli.training.state import TrainState
+
+if TYPE_CHECKING:
+    from ditcli.evaluation.during_training import TrainingScore
 
 MOST_CLASSES_IN_A_GRID = 8
 
@@ -58,6 +65,12 @@ def train(config: TrainConfig) -> RunDir:
     parameters = sum(p.numel() for p in state.model.parameters())
     precision = "bf16" if setup.dtype == torch.bfloat16 else "fp32"
     say(f"Training {parameters / 1e6:.1f} M parameters on {setup.device} in {precision}; run folder {run.path}")
+    score = None
+    if config.eval_every:
+        from ditcli.evaluation.during_training import open_training_score
+
+        score = open_training_score(config, setup.dataset, diffusion.schedule, setup.device)
+    best = BestWeights(run, state.step, score.name if score else None)
     run_loop(
         config,
         run,
@@ -65,6 +78,7 @@ def train(config: TrainConfig) -> RunDir:
         take_step=lambda: _step(setup, state, batches, diffusion),
         save=lambda: _save(setup, state),
         draw=lambda: _draw_grid(setup, state),
+        judge=lambda rows: _judge(setup, state, rows, best, score),
     )
     return run
 
@@ -89,10 +103,22 @@ def _step(setup: Setup, state: TrainState, batches: Batches, diffusion: Diffusio
     return total.item(), norm.item()
 
 
-def _save(setup: Setup, state: TrainState) -> None:
+def _judge(setup: Setup, state: TrainState, rows: list[Row], best: BestWeights, score: TrainingScore | None) -> bool:
+    """Where it is time, score samples of the averaged weights, or look at the loss; whether they were scored."""
+    config, last = setup.config, state.step == setup.config.steps
+    if score and (state.step % config.eval_every == 0 or last):
+        value = score(as_denoiser(state.average, setup.model, dtype=setup.dtype), numpy_decoder(setup.codec))
+        best.judge_score(state.step, value, save=lambda: _save(setup, state))
+        return True
+    if not score and (state.step % config.checkpoint_every == 0 or last):
+        best.judge_loss(state.step, rows, save=lambda: _save(setup, state))
+    return False
+
+
+def _save(setup: Setup, state: TrainState) -> Path:
     model = replace(setup.model, step=state.step)
     try:
-        save_checkpoint(setup.run, model, state.average, state.tensors(), keep=setup.config.keep_checkpoints)
+        return save_checkpoint(setup.run, model, state.average, state.tensors(), keep=setup.config.keep_checkpoints)
     except (OSError, SafetensorError) as error:
         raise DitcliError(
             f"the checkpoint of step {state.step:,} could not be written to {setup.run.checkpoints} "

@@ -1,0 +1,91 @@
+"""An extractor by the name that users give it, and the public Inception weights, fetched once."""
+
+from __future__ import annotations
+
+import os
+import urllib.request
+from pathlib import Path
+
+import torch
+
+from ditcli.config import FidResize
+from ditcli.data.latents import cache_folder
+from ditcli.errors import DitcliError, SettingError
+from ditcli.evaluation import inception
+from ditcli.evaluation.features import Extractor, OnnxFeatures, file_sha256
+from ditcli.progress import progress, say
+
+SECONDS_TO_ANSWER = 20
+
+
+def open_extractor(
+    features: str, *, weights: str | None = None, resize: FidResize | None = None, device: torch.device | str = "cpu"
+) -> Extractor:
+    """`inception`, with the weights in a file or the public ones, or the ONNX file of that name."""
+    if features == "inception":
+        path = find_weights(weights) if weights else fetch_weights()
+        return inception.InceptionFeatures(path, resize=resize or "torch-fidelity", device=device)
+    path = Path(features).expanduser()
+    if not path.is_file():
+        raise SettingError(
+            f"features is {features!r}, but must be inception or an ONNX file, and there is no such file."
+        )
+    return OnnxFeatures(path)
+
+
+def find_weights(name: str) -> Path:
+    """A file of weights, or OWNER/REPOSITORY/FILE on the Hub, fetched once and cached."""
+    path = Path(name).expanduser()
+    if path.exists() or name.count("/") < 2 or name.startswith((".", "/", "~")):
+        return path  # whose absence the reader reports
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    owner, repository, file = name.split("/", 2)
+    try:
+        return Path(hf_hub_download(f"{owner}/{repository}", file))
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise DitcliError(f"weights {name!r} is no file here, and the Hub does not give it: {reason}") from error
+
+
+def fetch_weights() -> Path:
+    """The public Inception weights: ours or another tool's in the cache, else downloaded and checked.
+
+    DitcliError where no server gives them.
+    """
+    ours = cache_folder() / "weights" / inception.PUBLIC_NAME
+    # Where pytorch-fid and torch-fidelity keep them, each under the name of its server.
+    theirs = [Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2] for url in inception.PUBLIC_URLS]
+    for path in (ours, *theirs):
+        if path.is_file() and file_sha256(path) == inception.PUBLIC_SHA256:
+            return path
+    ours.parent.mkdir(parents=True, exist_ok=True)
+    part = ours.with_name(f".{ours.name}.{os.getpid()}.part")
+    reasons = []
+    for url in inception.PUBLIC_URLS:
+        say(f"Fetching the Inception weights of 2015-12-05 (91 MB) from {url}")
+        try:
+            _download(url, part)
+            found = file_sha256(part)
+            if found == inception.PUBLIC_SHA256:
+                os.replace(part, ours)
+                return ours
+            reasons.append(f"{url}: another file, with sha256 {found[:16]}")
+        except (OSError, ValueError) as error:  # URLError and a broken connection are OSErrors
+            reasons.append(f"{url}: {getattr(error, 'reason', None) or error}")
+        finally:
+            part.unlink(missing_ok=True)
+    raise DitcliError(
+        f"the Inception weights cannot be fetched ({'; '.join(reasons)}). Bring {inception.PUBLIC_NAME} from another "
+        "machine and give it with --weights, or score in other features with --features FILE.onnx."
+    )
+
+
+def _download(url: str, path: Path) -> None:
+    with urllib.request.urlopen(url, timeout=SECONDS_TO_ANSWER) as answer, path.open("wb") as file:
+        total = int(answer.headers.get("Content-Length", 0))
+        with progress("downloading bytes", total) as advance:
+            while block := answer.read(1 << 20):
+                file.write(block)
+                advance(len(block), "")

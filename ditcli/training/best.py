@@ -1,0 +1,88 @@
+"""The best weights of a run: those with the lowest score, or with the lowest loss where no score is computed."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ditcli.errors import CheckpointError
+from ditcli.progress import say
+from ditcli.runs import RunDir, read_model_config
+from ditcli.training.checkpoints import link_or_copy
+from ditcli.training.metrics import Row, smooth
+
+
+class BestWeights:
+    """Keeps `best.safetensors`, which is another name of the checkpoint it was.
+
+    `name` says what the score measures; former scores of another name are not compared with. A score is written to
+    `scores.csv`, those after `step`, where the run goes on, are dropped: they will be measured again.
+    """
+
+    def __init__(self, run: RunDir, step: int, name: str | None = None) -> None:
+        self.run, self.name = run, name
+        self.scores = [row for row in read_scores(run.scores_file, name) if row[0] <= step] if name else []
+        self.step = self._former_step(step)
+        if name:
+            _write_scores(run.scores_file, name, self.scores)
+
+    def judge_loss(self, step: int, rows: Sequence[Row], save: Callable[[], Path]) -> None:
+        """Keep the checkpoint of `step` where the smoothed loss is lower than at the best one so far."""
+        losses = smooth([row.loss for row in rows])
+        lowest = min((loss for row, loss in zip(rows, losses, strict=True) if row.step == self.step), default=math.inf)
+        if losses and losses[-1] < lowest:
+            self._keep(step, save)
+
+    def judge_score(self, step: int, score: float, save: Callable[[], Path]) -> None:
+        """Write the score down, and keep the checkpoint of `step` where none was lower."""
+        lowest = min((value for _, value in self.scores), default=math.inf)
+        self.scores.append((step, score))
+        _write_scores(self.run.scores_file, str(self.name), self.scores)
+        best = score < lowest
+        say(
+            f"step {step:,}: {self.name}: {score:.5g}"
+            + (", the best so far" if best else f"; the best is {lowest:.5g}")
+        )
+        if best:
+            self._keep(step, save)
+
+    def _keep(self, step: int, save: Callable[[], Path]) -> None:
+        checkpoint = self.run.checkpoint_file(step)
+        link_or_copy(checkpoint if checkpoint.is_file() else save(), self.run.best_file)
+        self.step = step
+
+    def _former_step(self, step: int) -> int | None:
+        """The step of the best weights so far; None where there are none, or from a time that will come again."""
+        try:
+            former = read_model_config(self.run.best_file).step
+        except CheckpointError:
+            return None
+        return former if former <= step else None
+
+
+def read_scores(path: Path, name: str) -> list[tuple[int, float]]:
+    """(step, score) of `scores.csv` if it measured the same; a line that was left half-written ends the list."""
+    if not path.is_file():
+        return []
+    scores: list[tuple[int, float]] = []
+    with path.open(newline="") as file:
+        header, *rows = list(csv.reader(file)) or [[]]
+        if header != ["step", name]:
+            return []
+        for row in rows:
+            try:
+                scores.append((int(row[0]), float(row[1])))
+            except (ValueError, IndexError):
+                break
+    return scores
+
+
+def _write_scores(path: Path, name: str, scores: Sequence[tuple[int, float]]) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["step", name])
+        writer.writerows(scores)
+    partial.rename(path)
