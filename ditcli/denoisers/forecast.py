@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ditcli.denoisers.torch_denoiser import TorchDenoiser
 from ditcli.diffusion.denoiser import Denoiser, Wrapper
 from ditcli.diffusion.process import Array
+from ditcli.models.dit import DiT
 
 ORDER = 2  # of the polynomial through the latest features
 
@@ -66,6 +67,7 @@ class CachedDenoiser(Wrapper):
 def cache_blocks(denoiser: Denoiser, every: int) -> CachedDenoiser:
     """The torch denoiser with its network's blocks replaced, for good, by their forecast."""
     assert isinstance(denoiser, TorchDenoiser)
+    assert isinstance(denoiser.module, DiT)
     forecast = Forecast(denoiser.module.blocks, every)
     denoiser.module.blocks = nn.ModuleList([forecast])
     return CachedDenoiser(denoiser, forecast)
