@@ -56,7 +56,7 @@ def append_metrics(path: Path, row: Row) -> None:
         csv.writer(file).writerow(astuple(row))
 
 
-def smooth(values: Sequence[float], weight: float = 0.9) -> list[float]:
+def smooth(values: Sequence[float], weight: float = 0.7) -> list[float]:
     """Running mean that forgets by `weight` a row, unbiased at its start as in Adam."""
     smoothed, mean = [], 0.0
     for i, value in enumerate(values):
@@ -78,6 +78,8 @@ def plot_loss(rows: Sequence[Row], path: Path) -> None:
     axes.plot(steps, smooth(losses), color="#08519c", linewidth=2, label="smoothed")
     if min(losses, default=0) > 0:
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
     axes.set_xlabel("step")
     axes.set_ylabel("loss")
     axes.grid(alpha=0.3, which="both")
