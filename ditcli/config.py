@@ -435,7 +435,7 @@ class SampleConfig(Config):
     strength: float | None = option(
         None, "--init: 0 keeps the picture, 1 all but forgets it.  [default: 0.6; with --mask 1]"
     )
-    mask: str | None = option(None, "--init: repaint only where this picture is white.")
+    mask: str | None = option(None, "--init: repaint only where this picture is white; --sampler ddpm blends best.")
     cache: int = option(1, "Run the blocks in every N-th step and foresee them in between; changes the images.")
     ema: bool = option(True, "Sample from the averaged weights.")
     out: str = option("samples", "Folder for the images, or one NAME.npz for all of them.")

@@ -282,7 +282,7 @@ def _write_folder(job: Job, out: Path, config: SampleConfig) -> Samples:
     animations = []
     for picture, drawing in job.draw(todo, len(paths) - len(todo)):
         if config.trajectory:
-            frames = [*drawing.frames, drawing.image]
+            frames = [*drawing.frames[:-1], drawing.image]  # what is foreseen at last is the image
             write_gif(_beside(paths[picture], "path.gif"), frames, 1500 // len(frames))
             write_png(_beside(paths[picture], "path.png"), make_grid([frames]))
         facts = {"Software": f"ditcli {ditcli.__version__}", "ditcli": json.dumps(job.facts_of(picture))}

@@ -388,13 +388,13 @@ def test_a_trajectory_ends_with_the_picture(run, tmp_path):
     np.testing.assert_array_equal(pixels(samples), plain)
     for image, gif, strip in zip(plain, samples.animations[::2], samples.animations[1::2], strict=True):
         with Image.open(gif) as frames:
-            assert frames.n_frames in (5, 6)  # Pillow joins frames that are equal
+            assert 2 <= frames.n_frames <= 5  # Pillow joins frames that are equal
         enlarged = image.repeat(3, axis=0).repeat(3, axis=1)
         end = np.asarray(Image.open(strip)).astype(int)[2:-2, -2 - enlarged.shape[1] : -2]
         np.testing.assert_array_equal(end, enlarged)
     long = draw(run, tmp_path / "long", steps=60, trajectory=True)
     with Image.open(long.animations[0]) as frames:
-        assert frames.n_frames <= 25
+        assert frames.n_frames <= 24
 
 
 @pytest.mark.parametrize(
