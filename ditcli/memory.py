@@ -36,8 +36,9 @@ def bytes_per_image(dit: DiTConfig) -> int:
     """An upper bound of what an image needs in one pass through a network in float32, weights left out.
 
     At its widest a block holds tokens and normalised tokens, then three of them for attention and the result, or the
-    MLP's hidden layer before and after its activation, and where attention is not fused two tables of scores.
+    MLP's hidden layer before and after its activation, and where attention is not fused two tables of scores. The
+    allocator holds up to as much again of what was freed: with a DiT-S/2 on a CPU 1.0 times the sum was measured.
     """
     tokens = math.prod(dit.input_size) // dit.patch_size**2 + 2
     widest = dit.width * (4 + max(4.0, 2 * dit.mlp_ratio))
-    return int(4 * tokens * (widest + 2 * dit.num_heads * tokens))
+    return int(2 * 4 * tokens * (widest + 2 * dit.num_heads * tokens))
