@@ -525,12 +525,13 @@ class FidConfig(Config):
     sampler: SamplerName = option("ddim", "Model: sampler.", choices=SamplerName)
     seed: int = option(0, "Model: seed of the first picture; the next has the next.")
     batch_size: int = option(16, "Model: pictures drawn at a time; changes none.")
+    precision: Precision = option("fp32", "Model: auto is bf16 where the hardware has it.", choices=Precision)
 
     num_workers: int | None = option(None, "Threads that read pictures.  [default: number of cores]")
     device: str = option("auto", "auto, cpu, cuda or cuda:N.")
 
     # Without a model among the sides they would have no effect, and are refused.
-    OF_MODELS: ClassVar[tuple[str, ...]] = ("num", "cfg", "steps", "sampler", "seed", "batch_size")
+    OF_MODELS: ClassVar[tuple[str, ...]] = ("num", "cfg", "steps", "sampler", "seed", "batch_size", "precision")
 
     def __post_init__(self) -> None:
         words = tuple(word for text in self.metrics for word in text.lower().split(",") if word)

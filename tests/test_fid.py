@@ -307,7 +307,7 @@ def test_a_model_is_scored_by_what_it_draws(ditcli, fid, run, tmp_path):
         assert values(scored)["fid"] == pytest.approx(values(drawn)["fid"], rel=1e-5)
     assert scored["fake"]["sizes"] == {"28x28": 20}
     assert scored["real"]["image_size"] == 28
-    assert scored["fake"]["layout"] == "model of step 2, cfg 2, 3 steps of ddim"
+    assert scored["fake"]["layout"] == "model of step 2, cfg 2, 3 steps of ddim, precision fp32"
 
 
 def test_labels_are_drawn_as_often_as_the_data_has_them():

@@ -240,10 +240,8 @@ class ModelSide:
         from ditcli.denoisers.opening import open_model
 
         self.name, self.config = name, config
-        settings = SampleConfig(
-            model=str(checkpoint), cfg=config.cfg, sampler=config.sampler, steps=config.steps, device=config.device
-        )
-        self.denoiser, self.decode, model = open_model(checkpoint, settings)
+        chosen = {key: getattr(config, key) for key in ("cfg", "sampler", "steps", "device", "precision")}
+        self.denoiser, self.decode, model = open_model(checkpoint, SampleConfig(model=str(checkpoint), **chosen))
         self.step = model.step
         if config.cfg != 1 and not self.denoiser.class_names:
             raise SettingError(f"cfg is {config.cfg:g}, but {name} was trained without labels: leave --cfg out.")
@@ -257,7 +255,8 @@ class ModelSide:
     @property
     def layout(self) -> str:
         config = self.config
-        return f"model of step {self.step:,}, cfg {config.cfg:g}, {config.steps} steps of {config.sampler}"
+        how = f"{config.steps} steps of {config.sampler}, precision {config.precision}"
+        return f"model of step {self.step:,}, cfg {config.cfg:g}, {how}"
 
     def __len__(self) -> int:
         return self.config.num
