@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -66,24 +67,25 @@ def draw(
 
 
 def find_labels(wanted: Sequence[str], class_names: Sequence[str]) -> list[int]:
-    """Class indices of names (in any case), comma-separated names, or numbers; all classes when none is wanted.
+    """Class indices of names, comma-separated names, or numbers, each once; all classes when none is wanted.
 
-    Raises ValueError that lists the known names and suggests the nearest.
+    A name may be in any case; one that is exact comes first. Raises SettingError that lists the known names and
+    suggests the nearest.
     """
-    index = {name.lower(): i for i, name in enumerate(class_names)}
+    index = {name.lower(): i for i, name in enumerate(class_names)} | {name: i for i, name in enumerate(class_names)}
     if wanted and not class_names:
         raise SettingError("labels were given, but the model was trained without labels: leave --labels out.")
     found = []
     for word in wanted:
         for part in [word] if word.strip().lower() in index else word.split(","):
-            name = part.strip().lower()
-            if name not in index and not (name.isdigit() and int(name) < len(class_names)):
+            name = part.strip() if part.strip() in index else part.strip().lower()
+            if name not in index and not (name.isdecimal() and int(name) < len(class_names)):
                 known = ", ".join(class_names[:20]) + (f" and {len(class_names) - 20} more" * (len(class_names) > 20))
                 raise SettingError(
                     f"the model has no label {part.strip()!r}; it knows {known}.{suggest(name, class_names)}"
                 )
             found.append(index[name] if name in index else int(name))
-    return found or list(range(len(class_names)))
+    return list(dict.fromkeys(found)) or list(range(len(class_names)))
 
 
 @dataclass(frozen=True)
@@ -165,9 +167,14 @@ def to_json(samples: Samples) -> str:
     return json.dumps(asdict(samples), indent=2)
 
 
-def file_name(label: str) -> str:
-    """A label as part of a file's name: other characters than letters, digits and `._-` become hyphens."""
-    return re.sub(r"[^\w.-]+", "-", label).strip("-.") or "label"
+def file_names(labels: Sequence[str]) -> list[str]:
+    """Labels as parts of files' names: other characters than letters, digits and `._-` become hyphens.
+
+    Where two would be the same, in any case, their numbers follow.
+    """
+    words = [re.sub(r"[^\w.-]+", "-", label).strip("-.") or "label" for label in labels]
+    count = Counter(word.lower() for word in words)
+    return [f"{word}-{i}" if count[word.lower()] > 1 else word for i, word in enumerate(words)]
 
 
 def _prepare(config: SampleConfig) -> Job:
@@ -240,18 +247,19 @@ def _prepare(config: SampleConfig) -> Job:
 def _plan(config: SampleConfig, classes: list[int], names: Sequence[str]) -> list[list[Picture]]:
     """The rows of the grid: a walk, or the seeds of a label."""
     seed, shares = config.seed, [k / max(config.num - 1, 1) for k in range(config.num)]
+    words = file_names(names)
     if config.interpolate == "labels":
         if len(names) < 2 or len(classes) != 2:
             raise SettingError(
                 f"a walk between labels needs two of them, but there are {len(classes) if names else 0}."
             )
         first, last = (names[label] for label in classes)
-        stem = f"{file_name(first)}-{file_name(last)}_seed{seed}"
+        stem = f"{words[classes[0]]}-{words[classes[1]]}_seed{seed}"
         return [[Picture(k, f"{first} to {last}", Start(seed), f"{stem}_{k:03}") for k in range(config.num)]]
     rows = []
     for label in classes:
         name = names[label] if names else None
-        prefix = f"{file_name(name)}_" if name else ""
+        prefix = f"{words[label]}_" if name else ""
         if config.interpolate == "seeds":
             end = seed + 1 if config.to_seed is None else config.to_seed
             stem = f"{prefix}seed{seed}-{end}"

@@ -18,6 +18,7 @@ from PIL import Image
 from ditcli.cli import main
 from ditcli.config import PRESETS, SampleConfig, TrainConfig
 from ditcli.images import read_png_metadata
+from ditcli.sampling import file_names, find_labels
 
 TINY = (
     "--data fashion-mnist --pixels --image-size 28 --model DiT-S/4 --width 32 --depth 2 --num-heads 2 --batch-size 16 "
@@ -176,6 +177,7 @@ def test_flag_before_environment_before_file_before_preset_before_default(ditcli
         (["sample", "--model", "broken.safetensors"], 1, "broken.safetensors"),
         (["sample", "--model", "."], 1, "not a run"),
         (["sample", "--steps", "5000"], 2, "has only 1000"),
+        (["sample", "--labels", "²"], 2, "'²'"),
         (["sample", "--labels"], 2, "at least one value"),
         (["sample", "--eta", "1", "--sampler", "ddpm"], 2, "eta"),
         (["sample", "--device", "tpu"], 2, "tpu"),
@@ -250,3 +252,14 @@ def test_debug_shows_the_traceback(place):
         capture_output=True, text=True, cwd=place, env=os.environ | {"DITCLI_DEBUG": "1"},
     )  # fmt: skip
     assert "Traceback" in done.stderr
+
+
+def test_labels_by_exact_name_by_any_case_by_number_and_once():
+    names = ("X", "x", "y", "x y", "x-y", "tench, Tinca tinca")
+    assert find_labels(["x"], names) == [1]
+    assert find_labels(["X"], names) == [0]
+    assert find_labels(["Y", "y", "2"], names) == [2]
+    assert find_labels(["tench, tinca tinca"], names) == [5]
+    assert find_labels([], names) == list(range(6))
+    assert len({word.lower() for word in file_names(names)}) == 6
+    assert file_names(["cat", "dog/../x"]) == ["cat", "dog-..-x"]

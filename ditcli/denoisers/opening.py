@@ -85,6 +85,9 @@ def _open_torch(checkpoint: Path, config: SampleConfig) -> Opened:
     dtype = choose_dtype(config.precision, device)
     denoiser, model = open_denoiser(checkpoint, ema=config.ema, device=device, dtype=dtype)
     codec = open_named_codec(config.vae or model.codec, device=device, dtype=torch.float32)
+    shape = codec.latent_shape(model.image_size, model.image_size)
+    if shape != denoiser.input_shape:
+        raise SettingError(f"vae {codec.name} has latents of {shape}, but the model's are {denoiser.input_shape}.")
     return denoiser, numpy_decoder(codec), model
 
 
