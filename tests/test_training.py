@@ -178,7 +178,8 @@ def test_a_full_disk_keeps_the_former_checkpoint(tmp_path):
     assert "the checkpoint of step 8 could not be written" in told
     assert "Traceback" not in told
     assert {path.name: path.read_bytes() for path in run.checkpoints.iterdir()} == before
-    assert_same_run(run_tiny(tmp_path / "whole", steps=8), run_tiny(tmp_path / "run", steps=8))
+    weights = _weights(run_tiny(tmp_path / "whole", steps=8)), _weights(run_tiny(tmp_path / "run", steps=8))
+    assert all(torch.equal(one, other) for one, other in zip(*weights, strict=True))
 
 
 def test_checkpoints_may_be_read_by_whom_the_umask_lets(tmp_path):
