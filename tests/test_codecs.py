@@ -392,7 +392,7 @@ def test_a_folder_that_is_no_vae_is_named(tmp_path: Path):
         (
             KL,
             {"_class_name": "AutoencoderKLWan"},
-            "_class_name is 'AutoencoderKLWan'.*AutoencoderKL or AutoencoderTiny",
+            "_class_name is 'AutoencoderKLWan'.*AutoencoderKL, AutoencoderTiny or VQModel",
         ),
         (KL, {"_class_name": None}, "_class_name is None"),
         (KL, {"latents_mean": [0.1] * 4}, "latents_mean is .*must be null"),
