@@ -7,7 +7,8 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -101,7 +102,7 @@ def encode(config: EncodeConfig) -> Encoded:
 
     try:
         write_synced(partial / SETTINGS, json.dumps(settings, indent=1))
-        scores = _Scores(partial, codec, perceptual) if config.reconstruct else None
+        scores = _Scores(partial, dataset.names, codec, perceptual) if config.reconstruct else None
         encode_into(
             partial,
             dataset,
@@ -131,8 +132,9 @@ def encode(config: EncodeConfig) -> Encoded:
 class _Scores:
     """Writes pictures beside their reconstructions, and how alike they are, batch by batch."""
 
-    def __init__(self, folder: Path, codec: Codec, perceptual: LPIPS | None):
+    def __init__(self, folder: Path, names: Sequence[str], codec: Codec, perceptual: LPIPS | None):
         self.folder, self.codec, self.perceptual = folder, codec, perceptual
+        self.paths = dict(zip(names, picture_paths(folder / PAIRS, names), strict=True))
         self.rows = {row[0]: row for row in _read_scores(folder)}
 
     def __call__(self, names: list[str], images: Tensor, moments: Tensor) -> None:
@@ -143,9 +145,8 @@ class _Scores:
             distances = perceptual_distance(self.perceptual, images, others).tolist()
         for i, name in enumerate(names):
             pair = torch.cat([images[i], others[i]], dim=2).permute(1, 2, 0).contiguous().numpy()
-            path = _inside(self.folder / PAIRS, name)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_png(path, pair)
+            self.paths[name].parent.mkdir(parents=True, exist_ok=True)
+            write_png(self.paths[name], pair)
             self.rows[name] = (name, ratios[i], distances[i])
         partial = self.folder / f".{SCORES}.partial"
         with partial.open("w", newline="") as file:
@@ -246,12 +247,12 @@ def decode(latents: str, config: DecodeConfig) -> list[Path]:
     return paths
 
 
-def picture_paths(out: Path, names: list[str]) -> list[Path]:
+def picture_paths(out: Path, names: Sequence[str]) -> list[Path]:
     """`a/b.jpg` -> `OUT/a/b.png`; `OUT/a/b.jpg.png` where two names differ in their suffix only."""
     paths = [_inside(out, name).with_suffix(".png") for name in names]
-    twice = {path for path in paths if paths.count(path) > 1} if len(set(paths)) < len(paths) else set()
+    times = Counter(paths)
     return [
-        path.with_name(f"{PurePosixPath(name).name}.png") if path in twice else path
+        path.with_name(f"{PurePosixPath(name).name}.png") if times[path] > 1 else path
         for path, name in zip(paths, names, strict=True)
     ]
 

@@ -160,7 +160,7 @@ def warn_of_scale(mean: float, std: float, codec: Codec) -> None:
     config = getattr(codec, "config", None)
     scale, shift = getattr(config, "scaling_factor", 1.0), getattr(config, "shift_factor", None) or 0.0
     say(
-        f"Warning: on these pictures the latents of {codec.name} have mean {mean:.3g} and standard deviation {std:.3g}, "
+        f"Warning: on these pictures the latents of {codec.name} have mean {mean:.3g} and deviation {std:.3g}, "
         "far from 0 and 1: noise covers them too early or too late, and samples suffer. In the config.json of the VAE "
         f"a scaling_factor of {scale / std:.4g} and a shift_factor of {shift + mean / scale:.4g} would make them fit."
     )

@@ -34,7 +34,7 @@ class Discriminator(nn.Module):
 
 
 def smallest_image(layers: int) -> int:
-    """The side of the smallest picture that a discriminator can judge: 2 pixels of its last layer but one, and one."""
+    """Side of the smallest picture that it can judge: each of the two layers that do not halve takes one place away."""
     return 3 * 2**layers
 
 
