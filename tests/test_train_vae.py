@@ -316,7 +316,7 @@ def test_a_vae_run_is_a_codec_and_no_dit(learnt, tmp_path, monkeypatch):
         find_codec(str(run.path))
     with pytest.raises(ModelNotFoundError, match="no trained model"):
         newest_run(learnt.path.parent)
-    with pytest.raises(ResumeError, match="another command"):
+    with pytest.raises(ResumeError, match="not of `ditcli train-vae`"):
         train_vae(tiny(run.path))
 
 

@@ -158,17 +158,19 @@ class Moments:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def __getitem__(self, place: tuple[int, int]) -> np.ndarray:
-        """Row and flip -> (M, h, w)."""
+    def __getitem__(self, place: tuple[int, int] | slice) -> np.ndarray:
+        """Row and flip -> (M, h, w); rows from and to -> (n, F, M, h, w)."""
+        if isinstance(place, slice):
+            rows = [self._row(row) for row in range(*place.indices(len(self)))]
+            return np.stack(rows) if rows else np.empty((0, *self.shape[1:]), self.dtype)
         row, flip = place
+        return self._row(row)[flip]
+
+    def _row(self, row: int) -> np.ndarray:
         file = int(np.searchsorted(self.starts, row, side="right")) - 1
         if self.shards is None:
-            return np.load(self.files[file], mmap_mode="r")[flip]
-        return self.shards[file][row - self.starts[file], flip]
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        parts = self.shards if self.shards is not None else [np.load(file)[None] for file in self.files]
-        return np.concatenate(parts).astype(dtype or self.dtype, copy=False)
+            return np.load(self.files[file], mmap_mode="r")
+        return self.shards[file][row - self.starts[file]]
 
 
 def write_synced(path: Path, text: str) -> None:

@@ -231,7 +231,8 @@ class VaeTraining:
         distance = perceptual_distance(self.perceptual, images, others).mean().item() if self.perceptual else math.nan
         append_metrics(run.validation_file, ValidationRow(step, ratio, distance))
         which = "held-out" if len(self.held_out) else "training"
-        say(f"step {step:,}: {which} images are reconstructed at {ratio:.2f} dB PSNR, LPIPS {distance:.4f}")
+        perceived = f", LPIPS {distance:.4f}" if self.perceptual else ""
+        say(f"step {step:,}: {which} images are reconstructed at {ratio:.2f} dB PSNR{perceived}")
         rows = [list(part[: self.config.sample_num].permute(0, 2, 3, 1).numpy()) for part in (images, others)]
         grid = make_grid(rows, ["image", "reconstruction"])
         write_png(run.samples / f"step-{step:08}.png", grid, {"ditcli": json.dumps({"step": step, "psnr": ratio})})
