@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ditcli.codecs import open_codec, save_codec
 from ditcli.codecs.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from ditcli.codecs.codec import normalise, quantise
+from ditcli.codecs.folder import open_codec, save_codec
 from ditcli.devices import choose_dtype
 
 STABLE_DIFFUSION = AutoencoderKLConfig(block_out_channels=(128, 256, 512, 512), layers_per_block=2)

@@ -20,10 +20,10 @@ from test_codecs import draw_picture
 
 from ditcli import encoding
 from ditcli.cli.main import cli
-from ditcli.codecs import open_codec, save_codec
 from ditcli.codecs.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from ditcli.codecs.autoencoder_tiny import AutoencoderTiny, AutoencoderTinyConfig
 from ditcli.codecs.codec import AutoencoderCodec
+from ditcli.codecs.folder import open_codec, save_codec
 from ditcli.codecs.reconstruct import measure_latents, psnr
 from ditcli.config import DecodeConfig, EncodeConfig, TrainConfig
 from ditcli.data.folders import open_dataset

@@ -14,10 +14,9 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from ditcli.cli.main import cli
-from ditcli.codecs import open_codec
 from ditcli.codecs.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from ditcli.codecs.codec import normalise
-from ditcli.codecs.folder import read_autoencoder, save_codec
+from ditcli.codecs.folder import open_codec, read_autoencoder, save_codec
 from ditcli.codecs.reconstruct import measure_latents
 from ditcli.codecs.vq_model import Codebook, VQModel, VQModelConfig
 from ditcli.config import VAE_PRESETS, TrainConfig, TrainVaeConfig
