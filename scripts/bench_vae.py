@@ -1,6 +1,6 @@
 """Encode and decode speed of the Stable Diffusion VAE against diffusers in its default use, on the same weights.
 
-    python scripts/bench_vae.py                 # a CPU, 256x256, about two minutes
+    python scripts/bench_vae.py                 # a CPU, 256x256
     python scripts/bench_vae.py --device cuda --num 32
 
 Weights are drawn at random in the architecture of Stable Diffusion's VAE: speed does not depend on them. The decoder's

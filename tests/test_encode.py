@@ -387,7 +387,7 @@ def test_tiles_equal_the_whole_away_from_seams():
 
 
 def test_tiles_of_a_real_picture_leave_no_seam(shared):
-    """Measured: 45 dB between tiled and whole; a seam of 2 levels along every edge would stay above 40."""
+    """In tiles of 128: 36.1 dB between tiled and whole, measured on this picture, encoded and decoded."""
     name = sorted((shared / "data" / "faces128" / "male").iterdir())[0]
     image = torch.from_numpy(load_square(name, 256)).permute(2, 0, 1)[None]
     whole, tiled = (open_codec(shared / "weights" / "taesd", tile=tile) for tile in (0, 128))

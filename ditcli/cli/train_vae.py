@@ -28,8 +28,8 @@ def command(preset: str | None, file: Path | None, **options: Any) -> None:
     """Train a VAE on a folder of images, as in latent diffusion.
 
     Reconstructions are judged by L1 or L2, LPIPS and a discriminator that learns beside them. The result is the folder
-    vae/ in the run folder, which `ditcli train --vae RUN` and diffusers open. --preset small learns 64x64 images
-    on two CPU cores in 20 minutes. To resume, run the same command again.
+    vae/ in the run folder, which `ditcli train --vae RUN` and diffusers open. --preset small is for 64x64 images
+    and two CPU cores. To resume, run the same command again.
     """
     config = load_config(TrainVaeConfig, options, presets=VAE_PRESETS, preset=preset, file=file)
     if not config.data:
