@@ -30,6 +30,7 @@ ExportDtype = Literal["fp32", "fp16"]
 FidResize = Literal["torch-fidelity", "pytorch-fid"]
 
 DEFAULT_VAE = "stabilityai/sd-vae-ft-ema"
+TILE = 1024  # Pixels: 16 times the 0.25 GB that decoding 256x256 with the Stable Diffusion VAE takes.
 
 # Paper table 1: depth, width, heads.
 DIT_SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
@@ -394,6 +395,56 @@ class TrainVaeConfig(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
+class EncodeConfig(Config):
+    """`ditcli encode`."""
+
+    data: str = option("", "Folder of images, or the name of an embedded data set (fashion-mnist).")
+    out: str = option("", "Folder for the latents.")
+    vae: str | None = option(None, f"VAE: a local folder, a run or a Hub repository.  [default: {DEFAULT_VAE}]")
+    image_size: int = option(256, "Side of the square that images are cropped and resized to.")
+    label_attr: str = option("Male", "CelebA attribute that gives the two classes.")
+    flip: bool = option(True, "Encode left-right flipped images too, as `ditcli train` wants them.")
+    num: int | None = option(None, "Encode the first so many images only.")
+    shard_size: int | None = option(None, "Images per .npy file.  [default: all in one]")
+    per_image: bool = option(False, "Write one .npy per image, under the image's name.")
+    reconstruct: bool = option(False, "Decode again: write image beside reconstruction, and print PSNR and LPIPS.")
+    lpips: str | None = option(
+        None, "LPIPS weights: a file, a folder or a Hub repository; none to go without.  [default: lpips/ in the cache]"
+    )
+    strict: bool = option(False, "Stop at the first unreadable image instead of leaving it out.")
+    batch_size: int = option(32, "Images encoded between two notes of progress, from which a killed run goes on.")
+    tile: int = option(TILE, "Images with a side above this are encoded in overlapping tiles; 0 for never.")
+    num_workers: int | None = option(None, "Threads that read images.  [default: number of cores]")
+    device: str = option("auto", "auto, cpu, cuda or cuda:N.")
+    precision: Precision = option("auto", "auto is bf16 where the hardware has it.", choices=Precision)
+
+    def __post_init__(self) -> None:
+        self._check_types()
+        self._check_at_least(1, "image_size", "num", "shard_size", "batch_size", "num_workers")
+        self._check_at_least(0, "tile")
+        if self.per_image and self.shard_size is not None:
+            raise SettingError(f"per-image and shard-size {self.shard_size} exclude each other: give one of them.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeConfig(Config):
+    """`ditcli decode`."""
+
+    out: str = option("decoded", "Folder for the images.")
+    vae: str | None = option(None, "Decode with this VAE instead of the one the latents were made with.")
+    num: int | None = option(None, "Decode the first so many images only.")
+    batch_size: int = option(16, "Images decoded at a time; changes no image.")
+    tile: int = option(TILE, "Images with a side above this are decoded in overlapping tiles; 0 for never.")
+    device: str = option("auto", "auto, cpu, cuda or cuda:N.")
+    precision: Precision = option("auto", "auto is bf16 where the hardware has it.", choices=Precision)
+
+    def __post_init__(self) -> None:
+        self._check_types()
+        self._check_at_least(1, "num", "batch_size")
+        self._check_at_least(0, "tile")
+
+
+@dataclass(frozen=True, kw_only=True)
 class VaeConfig(Config):
     """All that the checkpoint of a VAE says of itself; `autoencoder` is what config.json holds, in diffusers' words."""
 
@@ -581,7 +632,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 VAE_PRESETS: dict[str, dict[str, Any]] = {
     "sd": {},
-    # What two CPU cores learn in 20 minutes.
+    # For two CPU cores.
     "small": {
         "image_size": 64,
         "widths": (32, 64, 128),

@@ -7,11 +7,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError, safe_open
 
-from ditcli.config import ModelConfig
+from ditcli.config import ModelConfig, VaeConfig
 from ditcli.errors import CheckpointError, ModelNotFoundError
 
 RUNS = Path("runs")
@@ -19,6 +19,7 @@ FORMAT = "ditcli-1"
 VAE_FORMAT = "ditcli-vae-1"
 # What `ditcli export-onnx` writes into a folder.
 DENOISER, DECODER = "denoiser.onnx", "decoder.onnx"
+AnyConfig = TypeVar("AnyConfig", ModelConfig, VaeConfig)
 
 
 @dataclass(frozen=True)
@@ -132,22 +133,34 @@ def newest_run(root: Path = RUNS) -> RunDir:
 
 def read_model_config(checkpoint: Path) -> ModelConfig:
     """The config in a checkpoint's metadata; CheckpointError for any other file."""
-    try:
-        with safe_open(checkpoint, framework="np") as file:
-            metadata = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{checkpoint} is no checkpoint of ditcli, or a damaged one ({error}).") from error
-    return parse_model_config(checkpoint, metadata)
+    return parse_model_config(checkpoint, _read_metadata(checkpoint))
+
+
+def read_vae_config(checkpoint: Path) -> VaeConfig:
+    """The config in the metadata of a VAE's checkpoint; CheckpointError for any other file."""
+    return _parse(checkpoint, _read_metadata(checkpoint), VaeConfig, VAE_FORMAT)
 
 
 def parse_model_config(path: Path, metadata: Mapping[str, str]) -> ModelConfig:
     """The config in the metadata of a checkpoint or an ONNX export; CheckpointError for any other file's."""
     if metadata.get("format") == VAE_FORMAT:
         raise CheckpointError(f"{path} is of a VAE: give its run to --vae, and a DiT trained with it to --model.")
-    if metadata.get("format") != FORMAT:
-        raise CheckpointError(f"{path} was not written by ditcli: its metadata does not say format {FORMAT}.")
+    return _parse(path, metadata, ModelConfig, FORMAT)
+
+
+def _read_metadata(checkpoint: Path) -> dict[str, str]:
     try:
-        return ModelConfig.from_dict(json.loads(metadata["config"]))
+        with safe_open(checkpoint, framework="np") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{checkpoint} is no checkpoint of ditcli, or a damaged one ({error}).") from error
+
+
+def _parse(path: Path, metadata: Mapping[str, str], config_class: type[AnyConfig], expected: str) -> AnyConfig:
+    if metadata.get("format") != expected:
+        raise CheckpointError(f"{path} was not written by ditcli: its metadata does not say format {expected}.")
+    try:
+        return config_class.from_dict(json.loads(metadata["config"]))
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} has a config that this version does not understand: {error}") from error
 

@@ -134,17 +134,17 @@ def test_dry_run_prints_sizes_and_writes_nothing(ditcli, place):
 
 
 def test_flag_before_environment_before_file_before_preset_before_default(ditcli, place, monkeypatch):
-    from ditcli.cli.options import train_config
+    from ditcli.cli.options import load_config
 
     (place / "my.toml").write_text('lr = 2e-4\nbatch-size = 8\nseed = 1\nmodel = "DiT-L/2"\n')
     seen = {}
     from ditcli.cli import train as command
 
-    def keep(options, **layers):
-        seen.update(train_config(options, **layers).to_dict())
-        return train_config(options, **layers)
+    def keep(config_class, options, **layers):
+        seen.update(load_config(config_class, options, **layers).to_dict())
+        return load_config(config_class, options, **layers)
 
-    monkeypatch.setattr(command, "train_config", keep)
+    monkeypatch.setattr(command, "load_config", keep)
     monkeypatch.setenv("DITCLI_TRAIN_LR", "3e-4")
     monkeypatch.setenv("DITCLI_TRAIN_BATCH_SIZE", "4")
     words = ["--preset", "mnist", "--config", "my.toml", "--batch-size", "2", "--dry-run", "--data", "fashion-mnist"]

@@ -18,6 +18,9 @@ COMMANDS = {
     "sample": ("sample", "Draw images from a trained model."),
     "export-onnx": ("export_onnx", "Write a trained model as ONNX files, which sample without torch."),
     "fid": ("fid", "Score pictures against real ones: FID, KID and more."),
+    "train-vae": ("train_vae", "Train a VAE on a folder of images."),
+    "encode": ("encode", "Encode a folder of images into latents."),
+    "decode": ("decode", "Decode latents into images."),
     "demo": ("demo", "Train a small DiT on the embedded pictures and draw from it, in a few minutes."),
 }
 

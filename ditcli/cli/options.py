@@ -10,10 +10,11 @@ from typing import Any, TypeVar
 
 import click
 
-from ditcli.config import PRESETS, Config, TrainConfig, suggest
+from ditcli.config import Config, suggest
 from ditcli.errors import SettingError
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+AnyConfig = TypeVar("AnyConfig", bound=Config)
 TYPES = {"int": click.INT, "float": click.FLOAT, "str": click.STRING, "int | str": click.STRING}
 
 
@@ -64,9 +65,17 @@ def given(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value not in (None, ())}
 
 
-def train_config(options: dict[str, Any], *, preset: str | None, file: Path | None) -> TrainConfig:
+def load_config(
+    config_class: type[AnyConfig],
+    options: dict[str, Any],
+    *,
+    presets: dict[str, dict[str, Any]],
+    preset: str | None,
+    file: Path | None,
+) -> AnyConfig:
     """Flag before environment before file before preset before default."""
-    return TrainConfig.from_dict(PRESETS.get(preset or "", {}) | (_read(file) if file else {}) | given(options))
+    values = presets.get(preset or "", {}) | (_read(config_class, file) if file else {}) | given(options)
+    return config_class.from_dict(values)
 
 
 def _option(field: dataclasses.Field[Any]) -> Callable[[Function], Function]:
@@ -74,25 +83,28 @@ def _option(field: dataclasses.Field[Any]) -> Callable[[Function], Function]:
     kind = str(field.type).replace(" | None", "")
     help = field.metadata["help"]
     if field.default not in (None, "", ()) and "[default:" not in help:
-        shown = (name if field.default else f"no-{name}") if kind == "bool" else field.default
+        shown: Any = (name if field.default else f"no-{name}") if kind == "bool" else field.default
+        shown = " ".join(map(str, shown)) if kind.startswith("tuple") else shown
         help = f"{help}  [default: {shown}]"
     if kind == "bool":
         return click.option(f"--{name}/--no-{name}", field.name, default=None, help=help)
     if kind == "tuple[float, float]":
         return click.option(f"--{name}", field.name, nargs=2, type=click.FLOAT, metavar="LO HI", help=help)
     if kind.startswith("tuple"):
-        return click.option(f"--{name}", field.name, multiple=True, metavar="NAME...", help=help)
+        numbers = "int" in kind
+        metavar, type = ("N...", click.INT) if numbers else ("NAME...", click.STRING)
+        return click.option(f"--{name}", field.name, multiple=True, metavar=metavar, type=type, help=help)
     choices = field.metadata["choices"]
     return click.option(f"--{name}", field.name, type=click.Choice(choices) if choices else TYPES[kind], help=help)
 
 
-def _read(file: Path) -> dict[str, Any]:
+def _read(config_class: type[Config], file: Path) -> dict[str, Any]:
     try:
         values = tomllib.loads(file.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SettingError(f"{file} is not TOML: {error}") from error
     values = {key.replace("-", "_"): value for key, value in values.items()}
-    known = [field.name for field in dataclasses.fields(TrainConfig)]
+    known = [field.name for field in dataclasses.fields(config_class)]  # type: ignore[arg-type]
     for key in values:
         if key not in known:
             raise SettingError(f"{file} has an unknown setting {key!r}.{suggest(key, known)}")

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from ditcli.cli.options import Command, config_options, train_config
+from ditcli.cli.options import Command, config_options, load_config
 from ditcli.config import PRESETS, TrainConfig
 
 EXAMPLES = """
@@ -37,7 +37,7 @@ def command(preset: str | None, file: Path | None, dry_run: bool, **options: Any
     files, and a flat folder without labels. Latents are encoded once and cached. To resume, run the same command again.
     Options may also come from the environment (DITCLI_TRAIN_LR) or from a TOML file, in this order.
     """
-    config = train_config(options, preset=preset, file=file)
+    config = load_config(TrainConfig, options, presets=PRESETS, preset=preset, file=file)
     if not config.data:
         raise click.UsageError("Missing option '--data': the folder of images to train on.")
     if dry_run:

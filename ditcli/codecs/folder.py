@@ -17,6 +17,7 @@ from ditcli.codecs.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from ditcli.codecs.autoencoder_tiny import AutoencoderTiny, AutoencoderTinyConfig
 from ditcli.codecs.codec import Autoencoder, AutoencoderCodec
 from ditcli.codecs.vq_model import VQModel, VQModelConfig
+from ditcli.config import TILE
 from ditcli.errors import CheckpointError, ModelNotFoundError
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -33,13 +34,16 @@ def open_codec(
     name: str | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    tile: int = TILE,
 ) -> AutoencoderCodec:
     """The codec of an autoencoder's folder, or of a pipeline's or a `ditcli train-vae` run's whose `vae/` holds one.
 
     `name` is what messages call it (default: the folder's name). `dtype` is torch.float32 or torch.bfloat16.
+    Pictures with a side above `tile` pixels pass in tiles (0: never).
     Raises ModelNotFoundError where there is none, CheckpointError where it is damaged or of an unknown kind.
     """
-    return AutoencoderCodec(read_autoencoder(folder), name=name or folder.resolve().name, device=device, dtype=dtype)
+    network = read_autoencoder(folder)
+    return AutoencoderCodec(network, name=name or folder.resolve().name, device=device, dtype=dtype, tile=tile)
 
 
 def read_autoencoder(folder: Path) -> Autoencoder:
@@ -53,7 +57,7 @@ def read_autoencoder(folder: Path) -> Autoencoder:
         )
     try:
         with torch.device("meta"):  # No time is spent on weights that are replaced.
-            network = _build(values)
+            network = build_autoencoder(values)
     except ValueError as error:
         raise CheckpointError(f"{folder / 'config.json'} is not understood: {error}") from error
     try:
@@ -66,6 +70,23 @@ def read_autoencoder(folder: Path) -> Autoencoder:
     return network.eval()
 
 
+def describe_autoencoder(network: Autoencoder) -> dict[str, Any]:
+    """What config.json holds."""
+    return {"_class_name": type(network).__name__} | network.config.to_dict()
+
+
+def build_autoencoder(values: dict[str, Any]) -> Autoencoder:
+    """A fresh network of what config.json holds; ValueError where it is not understood."""
+    kind = values.get("_class_name")
+    if kind == "AutoencoderKL":
+        return AutoencoderKL(AutoencoderKLConfig.from_dict(values))
+    if kind == "AutoencoderTiny":
+        return AutoencoderTiny(AutoencoderTinyConfig.from_dict(values))
+    if kind == "VQModel":
+        return VQModel(VQModelConfig.from_dict(values))
+    raise ValueError(f"_class_name is {kind!r}, but must be AutoencoderKL, AutoencoderTiny or VQModel.")
+
+
 def save_codec(network: Autoencoder, folder: Path) -> None:
     """Write the folder so that ``open_codec`` and diffusers' ``from_pretrained`` open it.
 
@@ -76,9 +97,8 @@ def save_codec(network: Autoencoder, folder: Path) -> None:
     partial = folder / f".{WEIGHTS}.partial"
     save_file(weights, partial, metadata={"format": "pt"})
     _publish(partial, folder / WEIGHTS)
-    config = {"_class_name": type(network).__name__} | network.config.to_dict()
     partial = folder / ".config.json.partial"
-    partial.write_text(json.dumps(config, indent=2) + "\n")
+    partial.write_text(json.dumps(describe_autoencoder(network), indent=2) + "\n")
     _publish(partial, folder / "config.json")
 
 
@@ -114,17 +134,6 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} holds no settings, but a {type(values).__name__}.")
     return values
-
-
-def _build(values: dict[str, Any]) -> Autoencoder:
-    kind = values.get("_class_name")
-    if kind == "AutoencoderKL":
-        return AutoencoderKL(AutoencoderKLConfig.from_dict(values))
-    if kind == "AutoencoderTiny":
-        return AutoencoderTiny(AutoencoderTinyConfig.from_dict(values))
-    if kind == "VQModel":
-        return VQModel(VQModelConfig.from_dict(values))
-    raise ValueError(f"_class_name is {kind!r}, but must be AutoencoderKL, AutoencoderTiny or VQModel.")
 
 
 def _rename_old_attention(state: dict[str, Tensor]) -> dict[str, Tensor]:

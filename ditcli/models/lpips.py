@@ -8,6 +8,7 @@ network (`features.N...`) and the lpips package's for the learnt numbers (`linN.
 from __future__ import annotations
 
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 import torch.nn.functional as F
@@ -148,5 +149,6 @@ def _files(path: Path) -> list[Path]:
 def _read(file: Path) -> dict[str, Tensor]:
     try:
         return load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
-    except (SafetensorError, OSError, EOFError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{file} is damaged ({error}): download or copy it again.") from error
+    except (SafetensorError, UnpicklingError, OSError, EOFError, RuntimeError, ValueError) as error:
+        reason = str(error).partition(".")[0]
+        raise CheckpointError(f"{file} is damaged ({reason}): download or copy it again.") from error

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ditcli.codecs.codec import Codec
 from ditcli.config import TrainConfig
+from ditcli.data.latent_files import Moments
 from ditcli.data.latents import Latents
 from ditcli.diffusion.process import Diffusion
 
@@ -107,7 +108,7 @@ def _order(seed: int, epoch: int, num: int) -> np.ndarray:
     return np.random.default_rng((seed, 0, epoch)).permutation(num)
 
 
-def _place(moments: np.ndarray, device: torch.device) -> Tensor:
+def _place(moments: np.ndarray | Moments, device: torch.device) -> Tensor:
     """A copy on the device, made in parts so that the machine's own memory need not hold them all."""
     placed = torch.empty(moments.shape, dtype=torch.from_numpy(moments[:0].copy()).dtype, device=device)
     for start in range(0, len(moments), 4096):

@@ -10,10 +10,16 @@ from typing import TypeVar
 
 
 @dataclass(frozen=True)
-class Row:
-    """Means over the interval that ends with `step`; `seconds` of training since the run began."""
+class Measured:
+    """A line of a file of numbers: what was measured after `step`."""
 
     step: int
+
+
+@dataclass(frozen=True)
+class Row(Measured):
+    """Means over the interval that ends with `step`; `seconds` of training since the run began."""
+
     loss: float
     lr: float
     grad_norm: float
@@ -21,7 +27,7 @@ class Row:
     seconds: float
 
 
-Rows = TypeVar("Rows", bound=Row)
+Rows = TypeVar("Rows", bound=Measured)
 
 
 def read_metrics(path: Path, row_type: type[Rows] = Row) -> list[Rows]:  # type: ignore[assignment]
@@ -50,7 +56,7 @@ def rewind_metrics(path: Path, step: int, row_type: type[Rows] = Row) -> list[Ro
     return rows
 
 
-def append_metrics(path: Path, row: Row) -> None:
+def append_metrics(path: Path, row: Measured) -> None:
     """Add a row at the end of the file."""
     with path.open("a", newline="") as file:
         csv.writer(file).writerow(astuple(row))

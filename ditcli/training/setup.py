@@ -18,8 +18,10 @@ from ditcli.codecs.codec import Codec
 from ditcli.codecs.named import open_named_codec
 from ditcli.config import ModelConfig, TrainConfig, TrainVaeConfig, VaeConfig
 from ditcli.data.folders import ImageDataset, open_dataset
+from ditcli.data.latents import EncodedDataset, open_latents
 from ditcli.devices import choose_dtype, open_device
 from ditcli.errors import ResumeError
+from ditcli.hub import lasting_codec_name
 from ditcli.models.dit import DiT
 from ditcli.progress import say
 from ditcli.runs import RUNS, RunDir
@@ -43,7 +45,9 @@ class Setup:
 def prepare(config: TrainConfig) -> Setup:
     """Open the data and the codec, and settle model, device and run folder. Nothing is written."""
     device = open_device(config.device)
-    dataset = open_dataset(config.data, label_attr=config.label_attr)
+    dataset = open_latents(Path(config.data)) or open_dataset(config.data, label_attr=config.label_attr)
+    if isinstance(dataset, EncodedDataset):
+        config = _fit_latents(config, dataset)
     say(f"{config.data}: {dataset.layout}; {dataset.summary()}")
     dtype = choose_dtype(config.precision, device)
     codec = open_named_codec(config.codec, device=device, dtype=dtype)
@@ -51,12 +55,22 @@ def prepare(config: TrainConfig) -> Setup:
     model = ModelConfig(
         dit=config.dit(input_shape=shape, num_classes=len(dataset.class_names)),
         diffusion=config.diffusion(),
-        codec=str(Path(config.codec).resolve()) if Path(config.codec).is_dir() else config.codec,
+        codec=lasting_codec_name(config.codec),
         image_size=config.image_size,
         class_names=dataset.class_names,
     )
     run = RunDir(Path(config.out) if config.out else default_folder(config.data, config.model, config.image_size))
     return Setup(config, model, run, dataset, codec, device, dtype)
+
+
+def _fit_latents(config: TrainConfig, dataset: EncodedDataset) -> TrainConfig:
+    """What latents were made with is what they are trained with, where the user does not say otherwise."""
+    changes: dict[str, Any] = {}
+    if config.vae is None and not config.pixels:
+        changes["vae"] = dataset.vae
+    if config.image_size == TrainConfig.image_size:
+        changes["image_size"] = dataset.image_size
+    return replace(config, **changes)
 
 
 def describe(setup: Setup) -> dict[str, object]:

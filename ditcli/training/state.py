@@ -77,10 +77,16 @@ def load_optimizer(
     for name, parameter in network.named_parameters():
         start = f"{prefix}{name}."
         moments = {key.removeprefix(start): value for key, value in saved.items() if key.startswith(start)}
-        device = parameter.device
+        # In the parameter's own memory layout: the fused optimiser walks through both side by side.
         optimizer.state[parameter] = {
-            key: value.to(device if value.ndim or device.type == "cuda" else "cpu") for key, value in moments.items()
+            key: torch.empty_like(parameter).copy_(value) if value.ndim else value.to(_place_of_steps(parameter))
+            for key, value in moments.items()
         }
+
+
+def _place_of_steps(parameter: Tensor) -> torch.device:
+    """Where the fused optimiser wants its count of steps."""
+    return parameter.device if parameter.device.type == "cuda" else torch.device("cpu")
 
 
 def make_optimizer(network: nn.Module, config: TrainConfig | TrainVaeConfig) -> torch.optim.Optimizer:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 from ditcli.codecs.codec import numpy_decoder
 from ditcli.config import TrainConfig
-from ditcli.data.latents import load_latents
+from ditcli.data.latents import load_latents, measure, warn_of_scale
 from ditcli.denoisers.torch_denoiser import as_denoiser
 from ditcli.diffusion.process import Diffusion
 from ditcli.errors import DitcliError
@@ -44,7 +44,7 @@ def train(config: TrainConfig) -> RunDir:
     and DitcliError when gradients stay not finite.
     """
     setup = prepare(config)
-    run = setup.run
+    config, run = setup.config, setup.run
     check_same_settings(run, config, setup.dataset)
     if (run.saved_steps() or [0])[-1] >= config.steps:
         say(f"{run.path} already has {run.saved_steps()[-1]:,} steps; give a higher --steps to go on.")
@@ -58,6 +58,7 @@ def train(config: TrainConfig) -> RunDir:
         num_workers=config.num_workers or os.cpu_count() or 1,
     )
     state = start_or_resume(setup)
+    warn_of_scale(*measure(latents, setup.codec), setup.codec)
     diffusion = Diffusion(setup.model.diffusion)
     batches = Batches(
         latents, setup.codec, diffusion, config, num_classes=setup.model.dit.num_classes, device=setup.device
