@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import keyword
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -57,6 +58,7 @@ class Config:
         """Build from a dictionary whose keys may use hyphens or underscores; an unknown key is a ValueError."""
         known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
         values = {key.replace("-", "_"): value for key, value in values.items()}
+        values = {f"{key}_" if keyword.iskeyword(key) else key: value for key, value in values.items()}  # `from`
         for key in values:
             if key not in known:
                 hint = suggest(key, known) or f" Known: {', '.join(known)}."
@@ -70,14 +72,16 @@ class Config:
 
     def _check(self, name: str, ok: bool, allowed: str) -> None:
         if not ok:
-            raise SettingError(f"{name.replace('_', '-')} is {getattr(self, name)!r}, but must be {allowed}.")
+            raise SettingError(
+                f"{name.strip('_').replace('_', '-')} is {getattr(self, name)!r}, but must be {allowed}."
+            )
 
     def _check_types(self) -> None:
         """Each value has the type its annotation names (an int passes for a float), and is one of its choices."""
         for f in dataclasses.fields(self):  # type: ignore[arg-type]
             value = getattr(self, f.name)
             kinds = [kind.strip() for kind in str(f.type).split("|")]
-            if value is None and "None" in kinds:
+            if value is None and ("None" in kinds or f.default is None):
                 continue
             choices = f.metadata.get("choices")
             if choices:
@@ -100,7 +104,12 @@ class Config:
 
 @dataclass(frozen=True, kw_only=True)
 class DiTConfig(Config):
-    """The shape of a Diffusion Transformer; `input_size` is the (height, width) of its input."""
+    """The shape of a Diffusion Transformer; `input_size` is the (height, width) of its input.
+
+    The last two are conventions in which published weights differ; their defaults are the reference DiT's. Frequency i
+    of the 128 of the time embedding is 10000^(-i / frequency_divisor), and diffusers divides by 127. `mlp_norm_eps` is
+    that of the norm before a block's MLP, 1e-5 in diffusers.
+    """
 
     input_size: tuple[int, int] = (32, 32)
     in_channels: int = 4
@@ -112,11 +121,15 @@ class DiTConfig(Config):
     mlp_ratio: float = 4.0
     num_classes: int = 1000
     conditioning: Conditioning = "adaln-zero"
+    frequency_divisor: int = 128
+    mlp_norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
         self._check_types()
         self._check("conditioning", self.conditioning in get_args(Conditioning), f"one of {get_args(Conditioning)}")
         self._check_at_least(1, "in_channels", "out_channels", "patch_size", "width", "depth", "num_heads")
+        self._check_at_least(1, "frequency_divisor")
+        self._check("mlp_norm_eps", self.mlp_norm_eps > 0, "positive")
         self._check_at_least(0, "num_classes")
         self._check("width", self.width % 4 == 0, "a multiple of 4 (2-D sin-cos positions)")
         self._check("num_heads", self.width % self.num_heads == 0, f"a divisor of width {self.width}")
@@ -140,18 +153,33 @@ def parse_model_name(name: str) -> dict[str, int]:
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusionConfig(Config):
-    """The noising process and what the network predicts of it."""
+    """The noising process and what the network predicts of it.
+
+    The last four are conventions in which published weights differ. A flow model is given the time `time_scale` t
+    (default: num_timesteps t), or `time_scale` (1 - t) with `reversed_time`, where its flow points from noise to data
+    too (SiT). `guided_channels` says how many channels guidance moves (None: all; 3 in the published DiT and SiT).
+    `spacing` is how samplers space their steps unless told otherwise (diffusers' DiT: leading).
+    """
 
     schedule: ScheduleName = "linear"
     num_timesteps: int = 1000
     prediction: Prediction = "eps"
     learn_sigma: bool = False
+    time_scale: float | None = None
+    reversed_time: bool = False
+    guided_channels: int | None = None
+    spacing: Spacing = "uniform"
 
     def __post_init__(self) -> None:
         self._check_types()
         self._check("schedule", self.schedule in get_args(ScheduleName), f"one of {get_args(ScheduleName)}")
         self._check("prediction", self.prediction in get_args(Prediction), f"one of {get_args(Prediction)}")
         self._check_at_least(2, "num_timesteps")
+        self._check_at_least(1, "guided_channels")
+        self._check("spacing", self.spacing in get_args(Spacing), f"one of {get_args(Spacing)}")
+        if self.schedule != "flow":
+            self._check("time_scale", self.time_scale is None, "left out: only the flow schedule has it")
+            self._check("reversed_time", not self.reversed_time, "false: only the flow schedule has it")
         if self.schedule == "flow":
             # At t = 1 flow matching has alpha = 0: eps says nothing there of x0.
             self._check("prediction", self.prediction != "eps", "x0, v or flow with the flow schedule")
@@ -167,23 +195,33 @@ class TrainConfig(Config):
     data: str = option("", "Folder of images, or the name of an embedded data set (fashion-mnist).")
     out: str | None = option(None, "Run folder.  [default: runs/DATA-MODEL-SIZE]")
     label_attr: str = option("Male", "CelebA attribute that gives the two classes.")
-    image_size: int = option(256, "Side of the square that images are cropped and resized to.")
+    image_size: int = option(
+        None, "Side of the square that images are cropped and resized to.  [default: 256, or the source's]"
+    )
     flip: bool = option(True, "Train on left-right flipped images too.")
     strict: bool = option(False, "Stop at the first unreadable image instead of leaving it out.")
 
     vae: str | None = option(None, f"VAE: a local folder or a Hub repository.  [default: {DEFAULT_VAE}]")
     pixels: bool = option(False, "Train on pixels, without a VAE.")
 
-    model: str = option("DiT-B/2", "Named size: DiT-S, -B, -L or -XL with the patch size behind the slash.")
+    from_: str | None = option(None, "Fine-tune this model: a run, checkpoint, folder or Hub repository (the source).")
+    freeze: tuple[str, ...] = option((), "With --from: parameters that stay as they are, as patterns ('blocks.0.*').")
+    lora_rank: int = option(0, "With --from: train low-rank adapters of this rank alone.")
+
+    model: str = option(
+        None, "Named size: DiT-S, -B, -L or -XL with the patch size behind the slash.  [default: DiT-B/2]"
+    )
     depth: int | None = option(None, "Number of blocks.  [default: the named size's]")
     width: int | None = option(None, "Width of the tokens.  [default: the named size's]")
     num_heads: int | None = option(None, "Attention heads.  [default: the named size's]")
     patch_size: int | None = option(None, "Side of a patch.  [default: the named size's]")
-    mlp_ratio: float = option(4.0, "Hidden width of the MLP over the width of the tokens.")
-    conditioning: Conditioning = option("adaln-zero", "How blocks see time and label.", choices=Conditioning)
+    mlp_ratio: float = option(None, "Hidden width of the MLP over the width of the tokens.  [default: 4]")
+    conditioning: Conditioning = option(
+        None, "How blocks see time and label.  [default: adaln-zero]", choices=Conditioning
+    )
 
-    schedule: ScheduleName = option("linear", "Noise schedule.", choices=ScheduleName)
-    num_timesteps: int = option(1000, "Steps of the noise schedule.")
+    schedule: ScheduleName = option(None, "Noise schedule.  [default: linear]", choices=ScheduleName)
+    num_timesteps: int = option(None, "Steps of the noise schedule.  [default: 1000]")
     prediction: Prediction | None = option(
         None, "What the network predicts.  [default: flow for --schedule flow, else eps]", choices=Prediction
     )
@@ -238,14 +276,27 @@ class TrainConfig(Config):
         *("eval_features", "eval_weights", "eval_cfg", "eval_steps"),
     )
 
+    # Left open they are None until the source of a fine-tuning has settled them; without one these are the defaults.
+    LEFT_TO_SOURCE: ClassVar[dict[str, Any]] = {
+        "image_size": 256,
+        "model": "DiT-B/2",
+        "mlp_ratio": 4.0,
+        "conditioning": "adaln-zero",
+        "schedule": "linear",
+        "num_timesteps": 1000,
+    }
+
     def __post_init__(self) -> None:
+        for name, value in self.LEFT_TO_SOURCE.items() if self.from_ is None else ():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
         self._check_types()
         self._check_at_least(
             1, "image_size", "depth", "width", "num_heads", "patch_size", "steps", "batch_size", "micro_batch"
         )
         self._check_at_least(1, "log_every", "checkpoint_every", "sample_num", "sample_steps", "num_workers")
         self._check_at_least(2, "num_timesteps")
-        if self.schedule != "flow":
+        if self.schedule != "flow" and self.num_timesteps is not None:
             most = f"at most num-timesteps, {self.num_timesteps}"
             self._check("sample_steps", self.sample_steps <= self.num_timesteps, most)
         self._check_at_least(
@@ -269,6 +320,11 @@ class TrainConfig(Config):
             )
         if self.pixels and self.vae is not None:
             raise SettingError(f"pixels and vae {self.vae!r} exclude each other: give one of them.")
+        self._check_at_least(0, "lora_rank")
+        if self.from_ is not None:
+            return  # what follows is the source's
+        for name in ("freeze", "lora_rank"):
+            self._check(name, not getattr(self, name), "left out without --from, which names the model to fine-tune")
         if self.model_shape()["patch_size"] > self.image_size:
             raise SettingError(f"image-size is {self.image_size}, smaller than a patch.")
         self.diffusion()
@@ -458,8 +514,11 @@ class SampleConfig(Config):
     """`ditcli sample`."""
 
     model: str | None = option(
-        None, "Run folder, checkpoint file or folder of `ditcli export-onnx`.  [default: the newest run]"
+        None,
+        "Run, checkpoint file, folder (also of `ditcli export-onnx`) or Hub repository owner/name.  "
+        "[default: the newest run]",
     )
+    adapter: str | None = option(None, "Low-rank adapter to put onto --model: a run, file or Hub repository.")
     labels: tuple[str, ...] = option((), "Classes to draw, by name.  [default: every class]")
     num: int = option(1, "Images per label, or in all for a model without labels.")
     cfg: float = option(4.0, "Scale of guidance, by the null class or --guide-model; 1 is none.")
@@ -468,12 +527,14 @@ class SampleConfig(Config):
     )
     cfg_rescale: float = option(0.0, "Share of its unguided contrast that a guided output gets back, 0 to 1.")
     cfg_channels: int | None = option(
-        None, "Guide only the first channels: 3 as in the published DiT samples.  [default: all]"
+        None, "Guide only the first channels: 3 as in the published DiT samples.  [default: the model's own, else all]"
     )
     guide_model: str | None = option(None, "Autoguidance: a weaker checkpoint takes the place of the null class.")
     sampler: SamplerName = option("ddim", "Sampler.", choices=SamplerName)
     steps: int = option(50, "Sampler steps.")
-    spacing: Spacing = option("uniform", "How the steps lie in time.", choices=Spacing)
+    spacing: Spacing | None = option(
+        None, "How the steps lie in time.  [default: the model's own, else uniform]", choices=Spacing
+    )
     shift: float = option(1.0, "Flow models: multiply the noise level of each step.")
     eta: float = option(0.0, "DDIM: 0 is deterministic, 1 adds the noise of DDPM.")
     order: int | None = option(None, "lms: order of the multistep method, 1 to 4.  [default: 4]")
@@ -655,6 +716,26 @@ VAE_PRESETS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
+class PushConfig(Config):
+    """`ditcli push`: `run` is shared as the Hub repository `repo`."""
+
+    run: str
+    repo: str
+    license: str | None = option(None, "Licence of the weights, as the Hub writes it: mit, apache-2.0, cc-by-4.0 ...")
+    private: bool = option(False, "Make a private repository.")
+    merge: bool = option(False, "Share an adapter merged into its base, instead of the adapter alone.")
+    dry_run: bool = option(False, "Write the folder locally and upload nothing.")
+    out: str | None = option(None, "With --dry-run: where to write the folder.  [default: the repository's name]")
+
+    def __post_init__(self) -> None:
+        self._check_types()
+        self._check("repo", bool(re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", self.repo)), "owner/name")
+        named = self.license is not None and re.fullmatch(r"[a-z0-9][a-z0-9.-]*", self.license)
+        self._check("license", bool(named), "the licence that you give the weights, such as mit or cc-by-nc-4.0")
+        self._check("out", self.out is None or self.dry_run, "left out without --dry-run")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig(Config):
     """All that a checkpoint says of itself: with the weights it is enough to sample."""
 
@@ -664,6 +745,8 @@ class ModelConfig(Config):
     image_size: int
     class_names: tuple[str, ...] = ()
     step: int = 0
+    base: str = ""  # the model it was fine-tuned from
+    lora_rank: int = 0  # above 0 the weights are an adapter's, and `base` is needed to sample
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
@@ -678,7 +761,7 @@ class ModelConfig(Config):
         self._check("class_names", len(self.class_names) == self.dit.num_classes, names)
         self._check("codec", bool(self.codec), "the name of a codec")
         self._check_at_least(1, "image_size")
-        self._check_at_least(0, "step")
+        self._check_at_least(0, "step", "lora_rank")
 
 
 # `ditcli demo`: what two CPU cores learn in two minutes. Predicting x0 is what makes a patch of 4 pixels sharp (arXiv

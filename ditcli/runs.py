@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +19,7 @@ FORMAT = "ditcli-1"
 VAE_FORMAT = "ditcli-vae-1"
 # What `ditcli export-onnx` writes into a folder.
 DENOISER, DECODER = "denoiser.onnx", "decoder.onnx"
+SHARED_CODEC = "./vae"
 AnyConfig = TypeVar("AnyConfig", ModelConfig, VaeConfig)
 
 
@@ -131,6 +132,15 @@ def newest_run(root: Path = RUNS) -> RunDir:
     return max(ready, key=lambda run: run.newest_checkpoint().stat().st_mtime_ns)
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether this is a checkpoint of ours, of a DiT or a VAE; False for the files of others and for damaged ones."""
+    try:
+        with safe_open(path, framework="np") as file:
+            return (file.metadata() or {}).get("format") in (FORMAT, VAE_FORMAT)
+    except (SafetensorError, OSError):
+        return False
+
+
 def read_model_config(checkpoint: Path) -> ModelConfig:
     """The config in a checkpoint's metadata; CheckpointError for any other file."""
     return parse_model_config(checkpoint, _read_metadata(checkpoint))
@@ -142,10 +152,14 @@ def read_vae_config(checkpoint: Path) -> VaeConfig:
 
 
 def parse_model_config(path: Path, metadata: Mapping[str, str]) -> ModelConfig:
-    """The config in the metadata of a checkpoint or an ONNX export; CheckpointError for any other file's."""
+    """The config in the metadata of a checkpoint or an ONNX export; CheckpointError for any other file's.
+
+    A codec that was shared together with the checkpoint, `./vae`, is given as the path that it has here.
+    """
     if metadata.get("format") == VAE_FORMAT:
         raise CheckpointError(f"{path} is of a VAE: give its run to --vae, and a DiT trained with it to --model.")
-    return _parse(path, metadata, ModelConfig, FORMAT)
+    config = _parse(path, metadata, ModelConfig, FORMAT)
+    return replace(config, codec=str(path.parent / config.codec)) if config.codec == SHARED_CODEC else config
 
 
 def _read_metadata(checkpoint: Path) -> dict[str, str]:

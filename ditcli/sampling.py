@@ -30,8 +30,8 @@ from ditcli.starts import Photo, Start, read_photo
 MOST_FRAMES = 24  # of a trajectory: each is decoded
 # What decides a picture besides its label, its seed and the model.
 SETTINGS = (
-    *("cfg", "cfg_interval", "cfg_rescale", "cfg_channels", "guide_model", "sampler", "steps", "spacing", "shift"),
-    *("eta", "order", "cache", "strength", "ema", "vae", "precision"),
+    *("cfg", "cfg_interval", "cfg_rescale", "cfg_channels", "guide_model", "sampler", "steps", "shift"),
+    *("eta", "order", "cache", "strength", "ema", "vae", "precision", "adapter"),
 )
 
 
@@ -57,7 +57,7 @@ def draw(
         guide(denoiser, cfg),
         decode,
         choose_sampler(sampler, eta=eta),
-        samplers.time_grid(denoiser.diffusion.schedule, steps),
+        samplers.time_grid(denoiser.diffusion.schedule, steps, denoiser.diffusion.config.spacing),
         labels=labels,
         starts=[Start(seed) for seed in seeds],
         batch_size=batch_size,
@@ -69,10 +69,13 @@ def draw(
 def find_labels(wanted: Sequence[str], class_names: Sequence[str]) -> list[int]:
     """Class indices of names, comma-separated names, or numbers, each once; all classes when none is wanted.
 
-    A name may be in any case; one that is exact comes first. Raises SettingError that lists the known names and
-    suggests the nearest.
+    A name may be in any case; one that is exact comes first. Of a class with several names ("tench, Tinca tinca") each
+    will do. Raises SettingError that lists the known names and suggests the nearest.
     """
     index = {name.lower(): i for i, name in enumerate(class_names)} | {name: i for i, name in enumerate(class_names)}
+    for alias, classes in _aliases(class_names).items():
+        if len(classes) == 1:
+            index.setdefault(alias, classes[0])
     if wanted and not class_names:
         raise SettingError("labels were given, but the model was trained without labels: leave --labels out.")
     found = []
@@ -86,6 +89,15 @@ def find_labels(wanted: Sequence[str], class_names: Sequence[str]) -> list[int]:
                 )
             found.append(index[name] if name in index else int(name))
     return list(dict.fromkeys(found)) or list(range(len(class_names)))
+
+
+def _aliases(class_names: Sequence[str]) -> dict[str, list[int]]:
+    """Each of a class's names, in small letters, and the classes that have it."""
+    aliases: dict[str, list[int]] = {}
+    for i, name in enumerate(class_names):
+        for part in name.lower().split(","):
+            aliases.setdefault(part.strip(), []).append(i)
+    return aliases
 
 
 @dataclass(frozen=True)
@@ -178,7 +190,7 @@ def file_names(labels: Sequence[str]) -> list[str]:
 
 
 def _prepare(config: SampleConfig) -> Job:
-    checkpoint = find_model(config.model, config.backend)
+    checkpoint = find_model(config.model or config.adapter, config.backend)
     denoiser, decode, model = open_model(checkpoint, config)
     weaker = open_guide(config.guide_model, checkpoint, config) if config.guide_model else None
     names = denoiser.class_names
@@ -193,7 +205,8 @@ def _prepare(config: SampleConfig) -> Job:
     rows = _plan(config, classes, names)
     if config.cfg_channels is not None and config.cfg_channels > denoiser.input_shape[0]:
         raise SettingError(f"cfg-channels is {config.cfg_channels}, but the model has {denoiser.input_shape[0]}.")
-    times = samplers.time_grid(denoiser.diffusion.schedule, config.steps, config.spacing, shift=config.shift)
+    spacing = config.spacing or denoiser.diffusion.config.spacing
+    times = samplers.time_grid(denoiser.diffusion.schedule, config.steps, spacing, shift=config.shift)
 
     photo, init, paint = None, None, None
     strength = (0.6 if config.mask is None else 1.0) if config.strength is None else config.strength
@@ -237,6 +250,7 @@ def _prepare(config: SampleConfig) -> Job:
         )
 
     settings = {key: getattr(config, key) for key in SETTINGS} | {"cfg": scale, "cfg_interval": [*config.cfg_interval]}
+    settings["spacing"] = spacing
     if photo:
         settings |= {"init": config.init, "mask": config.mask, "strength": strength, "pixels": photo.digest()}
     saved = checkpoint.stat().st_mtime_ns  # a new model of the same name draws other pictures

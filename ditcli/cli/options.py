@@ -54,7 +54,8 @@ def config_options(config_class: type[Config]) -> Callable[[Function], Function]
 
     def decorate(function: Function) -> Function:
         for field in reversed(dataclasses.fields(config_class)):  # type: ignore[arg-type]
-            function = _option(field)(function)
+            if "help" in field.metadata:  # others are arguments
+                function = _option(field)(function)
         return function
 
     return decorate
@@ -79,7 +80,8 @@ def load_config(
 
 
 def _option(field: dataclasses.Field[Any]) -> Callable[[Function], Function]:
-    name = field.name.replace("_", "-")
+    key = field.name.rstrip("_")  # `from_`, since `from` is a word of Python's
+    name = key.replace("_", "-")
     kind = str(field.type).replace(" | None", "")
     help = field.metadata["help"]
     if field.default not in (None, "", ()) and "[default:" not in help:
@@ -87,15 +89,15 @@ def _option(field: dataclasses.Field[Any]) -> Callable[[Function], Function]:
         shown = " ".join(map(str, shown)) if kind.startswith("tuple") else shown
         help = f"{help}  [default: {shown}]"
     if kind == "bool":
-        return click.option(f"--{name}/--no-{name}", field.name, default=None, help=help)
+        return click.option(f"--{name}/--no-{name}", key, default=None, help=help)
     if kind == "tuple[float, float]":
-        return click.option(f"--{name}", field.name, nargs=2, type=click.FLOAT, metavar="LO HI", help=help)
+        return click.option(f"--{name}", key, nargs=2, type=click.FLOAT, metavar="LO HI", help=help)
     if kind.startswith("tuple"):
         numbers = "int" in kind
         metavar, type = ("N...", click.INT) if numbers else ("NAME...", click.STRING)
-        return click.option(f"--{name}", field.name, multiple=True, metavar=metavar, type=type, help=help)
+        return click.option(f"--{name}", key, multiple=True, metavar=metavar, type=type, help=help)
     choices = field.metadata["choices"]
-    return click.option(f"--{name}", field.name, type=click.Choice(choices) if choices else TYPES[kind], help=help)
+    return click.option(f"--{name}", key, type=click.Choice(choices) if choices else TYPES[kind], help=help)
 
 
 def _read(config_class: type[Config], file: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ EXAMPLES = """
 ditcli train --data ./celeba --vae madebyollin/taesd --image-size 128 --model DiT-S/2
 ditcli train --data ./photos --pixels --image-size 64 --model DiT-S/4 --steps 20000
 ditcli train --data ./mnist --preset mnist
+ditcli train --data ./dogs --from facebook/DiT-XL-2-256 --lora-rank 8 --micro-batch 4
 ditcli train --data ./celeba --config my.toml --lr 2e-4 --dry-run
 """
 

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ditcli.codecs.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
@@ -19,10 +18,10 @@ from ditcli.codecs.codec import Autoencoder, AutoencoderCodec
 from ditcli.codecs.vq_model import VQModel, VQModelConfig
 from ditcli.config import TILE
 from ditcli.errors import CheckpointError, ModelNotFoundError
+from ditcli.hub import WEIGHTS_NAMES, weights_in
+from ditcli.models.files import read_tensors
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-# What else a folder may call its weights, in the order in which they are tried.
-WEIGHTS_NAMES = (WEIGHTS, "diffusion_pytorch_model.fp16.safetensors", "model.safetensors")
+WEIGHTS = WEIGHTS_NAMES[0]
 
 # Attention as diffusers named it before 0.15, which published Stable Diffusion VAEs still do.
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -50,8 +49,8 @@ def read_autoencoder(folder: Path) -> Autoencoder:
     """The network in a folder, in evaluation mode on the CPU, its weights in the type of the file."""
     folder = _find(folder)
     values = _read_config(folder)
-    weights = next((folder / name for name in WEIGHTS_NAMES if (folder / name).is_file()), None)
-    if weights is None:
+    name = weights_in(path.name for path in folder.iterdir())
+    if name is None:
         raise ModelNotFoundError(
             f"{folder} has a config.json but no {WEIGHTS} beside it; it holds {_contents(folder)}."
         )
@@ -60,12 +59,8 @@ def read_autoencoder(folder: Path) -> Autoencoder:
             network = build_autoencoder(values)
     except ValueError as error:
         raise CheckpointError(f"{folder / 'config.json'} is not understood: {error}") from error
-    try:
-        state = load_file(weights)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{weights} is damaged ({error}): download or copy it again.") from error
-    state = _rename_old_attention(state)
-    _check_weights(weights, state, network.state_dict())
+    state = _rename_old_attention(read_tensors(folder / name))
+    _check_weights(folder / name, state, network.state_dict())
     network.load_state_dict(state, assign=True)
     return network.eval()
 

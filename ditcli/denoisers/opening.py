@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +55,7 @@ def open_guide(name: str, model: Path, config: SampleConfig) -> Denoiser:
         raise SettingError(
             f"guide-model is {path} and model is {model}: give two checkpoints or two folders of `ditcli export-onnx`."
         )
-    return open_model(path, config)[0]
+    return open_model(path, replace(config, adapter=None))[0]
 
 
 def encode_picture(pixels: np.ndarray, codec_name: str, device: str) -> np.ndarray:
@@ -83,7 +84,8 @@ def _open_torch(checkpoint: Path, config: SampleConfig) -> Opened:
 
     device = open_device(config.device)
     dtype = choose_dtype(config.precision, device)
-    denoiser, model = open_denoiser(checkpoint, ema=config.ema, device=device, dtype=dtype)
+    adapter = hub.find_checkpoint(config.adapter) if config.adapter and config.model else None
+    denoiser, model = open_denoiser(checkpoint, ema=config.ema, adapter=adapter, device=device, dtype=dtype)
     codec = open_named_codec(config.vae or model.codec, device=device, dtype=torch.float32)
     shape = codec.latent_shape(model.image_size, model.image_size)
     if shape != denoiser.input_shape:
@@ -96,6 +98,10 @@ def _open_onnx(path: Path, config: SampleConfig) -> Opened:
     from ditcli.denoisers.onnx_denoiser import open_denoiser
     from ditcli.sessions import CUDA
 
+    if config.adapter is not None:
+        raise SettingError(
+            f"adapter is {config.adapter!r}, but an ONNX export's weights are fixed: export the adapter."
+        )
     if config.vae is not None:
         raise SettingError(f"vae is {config.vae!r}, but an ONNX export has its own decoder: export it with that --vae.")
     if config.precision == "bf16":

@@ -43,10 +43,15 @@ class TorchDenoiser:
 
 
 def open_denoiser(
-    checkpoint: Path, *, ema: bool = True, device: torch.device, dtype: torch.dtype = torch.float32
+    checkpoint: Path,
+    *,
+    ema: bool = True,
+    adapter: Path | None = None,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[TorchDenoiser, ModelConfig]:
     """The denoiser of a checkpoint, and what the checkpoint says of itself."""
-    model, config = load_dit(checkpoint, ema=ema)
+    model, config = load_dit(checkpoint, ema=ema, adapter=adapter)
     return as_denoiser(model.to(device), config, dtype=dtype), config
 
 

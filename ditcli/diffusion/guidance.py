@@ -25,17 +25,18 @@ def guide(
     """The denoiser guided by `scale`; at scale 1 that is the denoiser itself, at one pass per step.
 
     Classifier-free guidance (arXiv 2207.12598) compares with the null class, autoguidance (arXiv 2406.02507) with a
-    `weaker` model of the same process. `channels` guides only the first few channels: 3 is what the published DiT and
-    SiT samples used. `interval` (arXiv 2404.07724) guides only at times t from the first to the second, 0 data and 1
-    noise; elsewhere there is a single pass. `rescale` (arXiv 2305.08891, section 3.4), 0 to 1, gives the guided output
-    back that share of the standard deviation of the unguided one. Raises SettingError for a `weaker` model that does
-    not fit.
+    `weaker` model of the same process. `channels` guides only the first few channels; the default is the model's own
+    convention (3 in the published DiT and SiT), else all. `interval` (arXiv 2404.07724) guides only at times t from
+    the first to the second, 0 data and 1 noise; elsewhere there is a single pass. `rescale` (arXiv 2305.08891, section
+    3.4), 0 to 1, gives the guided output back that share of the standard deviation of the unguided one. Raises
+    SettingError for a `weaker` model that does not fit.
     """
     if scale == 1:
         return denoiser
     if weaker is not None:
         _check_same(denoiser, weaker)
-    return GuidedDenoiser(denoiser, scale, channels or denoiser.input_shape[0], interval, rescale, weaker)
+    channels = channels or denoiser.diffusion.config.guided_channels or denoiser.input_shape[0]
+    return GuidedDenoiser(denoiser, scale, channels, interval, rescale, weaker)
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ def _check_same(denoiser: Denoiser, weaker: Denoiser) -> None:
         ("schedule", denoiser.diffusion.config.schedule, weaker.diffusion.config.schedule),
         ("num-timesteps", denoiser.diffusion.config.num_timesteps, weaker.diffusion.config.num_timesteps),
         ("prediction", denoiser.diffusion.config.prediction, weaker.diffusion.config.prediction),
+        ("reversed-time", denoiser.diffusion.config.reversed_time, weaker.diffusion.config.reversed_time),
     ):
         if of_one != of_other:
             raise SettingError(

@@ -39,9 +39,14 @@ class Diffusion:
                 return schedules.flow()
 
     def network_time(self, t: Time) -> Time:
-        """The number that the network is given for time t: the step's index 0..T-1, or T t for flow matching."""
-        steps = self.config.num_timesteps
-        return t * steps if self.schedule.num_steps is None else t * steps - 1
+        """The number that the network is given for time t: the step's index 0..T-1, or for flow matching T t.
+
+        SiT (arXiv 2401.08740) has data at 1 and noise at 0, and feeds that time as it is.
+        """
+        config = self.config
+        if self.schedule.num_steps is not None:
+            return t * config.num_timesteps - 1
+        return (config.time_scale or config.num_timesteps) * ((1 - t) if config.reversed_time else t)
 
     def add_noise(self, x0: Array, eps: Array, t: Time) -> Array:
         """x_t, a draw of q(x_t | x0)."""
@@ -70,8 +75,8 @@ class Diffusion:
                 return one, 0 * one
             case "v":
                 return -self.schedule.sigma(t), self.schedule.alpha(t)
-            case "flow":
-                return -one, one
+            case "flow":  # the derivative of x_t in the direction of the network's time
+                return (one, -one) if self.config.reversed_time else (-one, one)
 
 
 def _times(coefficient: Time, images: Array) -> Array:

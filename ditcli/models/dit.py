@@ -57,13 +57,14 @@ class TimestepEmbedder(nn.Module):
 
     num_frequencies = 128
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, divisor: int):
         super().__init__()
+        self.divisor = divisor
         self.mlp = nn.Sequential(nn.Linear(2 * self.num_frequencies, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t: Tensor) -> Tensor:
         steps = torch.arange(self.num_frequencies, device=t.device, dtype=torch.float32)
-        frequencies = torch.exp(-math.log(10000) * steps / self.num_frequencies)
+        frequencies = torch.exp(-math.log(10000) * steps / self.divisor)
         angles = t.float()[:, None] * frequencies
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1))  # (N, D)
 
@@ -122,11 +123,11 @@ class MLP(nn.Module):
 class AdaLNZeroBlock(nn.Module):
     """Adaptive layer norm with gates that start at zero, so that a fresh block is the identity."""
 
-    def __init__(self, width: int, num_heads: int, mlp_ratio: float):
+    def __init__(self, width: int, num_heads: int, mlp_ratio: float, mlp_norm_eps: float):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(width, num_heads)
-        self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=mlp_norm_eps)
         self.mlp = MLP(width, int(width * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
@@ -140,11 +141,11 @@ class AdaLNZeroBlock(nn.Module):
 class AdaLNBlock(nn.Module):
     """Adaptive layer norm without gates."""
 
-    def __init__(self, width: int, num_heads: int, mlp_ratio: float):
+    def __init__(self, width: int, num_heads: int, mlp_ratio: float, mlp_norm_eps: float):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(width, num_heads)
-        self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=mlp_norm_eps)
         self.mlp = MLP(width, int(width * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 4 * width))
 
@@ -158,13 +159,13 @@ class AdaLNBlock(nn.Module):
 class CrossAttentionBlock(nn.Module):
     """A transformer block that attends to time and label after attending to itself."""
 
-    def __init__(self, width: int, num_heads: int, mlp_ratio: float):
+    def __init__(self, width: int, num_heads: int, mlp_ratio: float, mlp_norm_eps: float):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.attn = Attention(width, num_heads)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.cross_attn = CrossAttention(width, num_heads)
-        self.norm3 = nn.LayerNorm(width, eps=1e-6)
+        self.norm3 = nn.LayerNorm(width, eps=mlp_norm_eps)
         self.mlp = MLP(width, int(width * mlp_ratio))
 
     def forward(self, x: Tensor, c: Tensor, tokens: Tensor) -> Tensor:
@@ -177,11 +178,11 @@ class CrossAttentionBlock(nn.Module):
 class InContextBlock(nn.Module):
     """A plain transformer block; time and label are tokens of the sequence it works on."""
 
-    def __init__(self, width: int, num_heads: int, mlp_ratio: float):
+    def __init__(self, width: int, num_heads: int, mlp_ratio: float, mlp_norm_eps: float):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.attn = Attention(width, num_heads)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.norm2 = nn.LayerNorm(width, eps=mlp_norm_eps)
         self.mlp = MLP(width, int(width * mlp_ratio))
 
     def forward(self, x: Tensor, c: Tensor, tokens: Tensor) -> Tensor:
@@ -237,10 +238,10 @@ class DiT(nn.Module):
             "in-context": (InContextBlock, FinalLayer, prepend),
         }[config.conditioning]
         self.x_embedder = PatchEmbed(config.patch_size, config.in_channels, config.width)
-        self.t_embedder = TimestepEmbedder(config.width)
+        self.t_embedder = TimestepEmbedder(config.width, config.frequency_divisor)
         self.y_embedder = LabelEmbedder(config.num_classes, config.width)
         self.blocks = nn.ModuleList(
-            block(config.width, config.num_heads, config.mlp_ratio) for _ in range(config.depth)
+            block(config.width, config.num_heads, config.mlp_ratio, config.mlp_norm_eps) for _ in range(config.depth)
         )
         self.final_layer = final(config.width, config.patch_size**2 * config.out_channels)
         self._initialise()

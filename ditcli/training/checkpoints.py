@@ -17,7 +17,12 @@ from ditcli.runs import FORMAT, VAE_FORMAT, RunDir, state_file
 
 
 def save_checkpoint(
-    run: RunDir, config: ModelConfig | VaeConfig, average: nn.Module, state: Mapping[str, Tensor], *, keep: int
+    run: RunDir,
+    config: ModelConfig | VaeConfig,
+    average: nn.Module | Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
+    *,
+    keep: int,
 ) -> Path:
     """Write the training state, then the averaged weights, whose presence says that both are whole.
 
@@ -26,13 +31,19 @@ def save_checkpoint(
     path = run.checkpoint_file(config.step)
     path.parent.mkdir(parents=True, exist_ok=True)
     _write(state_file(path), state, {})
-    kind = FORMAT if isinstance(config, ModelConfig) else VAE_FORMAT
-    _write(path, average.state_dict(), {"format": kind, "config": json.dumps(config.to_dict())})
+    weights = average.state_dict() if isinstance(average, nn.Module) else average
+    write_weights(path, weights, config)
     for step in run.saved_steps()[:-keep] if keep else []:
         old = run.checkpoint_file(step)
         old.unlink()
         state_file(old).unlink()
     return path
+
+
+def write_weights(path: Path, weights: Mapping[str, Tensor], config: ModelConfig | VaeConfig) -> None:
+    """A checkpoint that is enough to sample."""
+    kind = FORMAT if isinstance(config, ModelConfig) else VAE_FORMAT
+    _write(path, weights, {"format": kind, "config": json.dumps(config.to_dict())})
 
 
 def remove_leftovers(run: RunDir) -> None:

@@ -9,8 +9,9 @@ from torch import nn
 
 
 def average_of(model: nn.Module) -> nn.Module:
-    """A copy of the model to hold the average."""
-    return copy.deepcopy(model).eval().requires_grad_(False)
+    """A copy of the model to hold the average; what is frozen is shared."""
+    shared = {id(parameter): parameter for parameter in model.parameters() if not parameter.requires_grad}
+    return copy.deepcopy(model, shared).eval().requires_grad_(False)
 
 
 def ema_decay(decay: float, step: int, *, warmup: bool) -> float:
@@ -24,5 +25,6 @@ def ema_decay(decay: float, step: int, *, warmup: bool) -> float:
 
 @torch.no_grad()
 def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
-    """average = decay average + (1 - decay) model, all weights in one call."""
-    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+    """average = decay average + (1 - decay) model, all weights that are not frozen in one call."""
+    pairs = [(a, p) for a, p in zip(average.parameters(), model.parameters(), strict=True) if p.requires_grad]
+    torch._foreach_lerp_([a for a, _ in pairs], [p for _, p in pairs], 1 - decay)

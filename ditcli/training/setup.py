@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import platform
+import re
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +27,16 @@ from ditcli.models.dit import DiT
 from ditcli.progress import say
 from ditcli.runs import RUNS, RunDir
 from ditcli.training.checkpoints import remove_leftovers
+from ditcli.training.finetune import (
+    Source,
+    check_codec,
+    choose_trainable,
+    open_source,
+    say_what_is_new,
+    settle,
+    tuned_model,
+    unfrozen,
+)
 from ditcli.training.state import TrainState, load_state, new_state
 
 
@@ -40,6 +51,7 @@ class Setup:
     codec: Codec
     device: torch.device
     dtype: torch.dtype
+    source: Source | None = None
 
 
 def prepare(config: TrainConfig) -> Setup:
@@ -50,17 +62,29 @@ def prepare(config: TrainConfig) -> Setup:
         config = _fit_latents(config, dataset)
     say(f"{config.data}: {dataset.layout}; {dataset.summary()}")
     dtype = choose_dtype(config.precision, device)
+    size, name = config.image_size or "", config.model if config.from_ is None else f"from-{Path(config.from_).name}"
+    run = RunDir(Path(config.out) if config.out else default_folder(config.data, name, size))
+    source = open_source(config, run)
+    if source is not None:
+        config = settle(config, source)
     codec = open_named_codec(config.codec, device=device, dtype=dtype)
     shape = codec.latent_shape(config.image_size, config.image_size)
-    model = ModelConfig(
-        dit=config.dit(input_shape=shape, num_classes=len(dataset.class_names)),
-        diffusion=config.diffusion(),
-        codec=lasting_codec_name(config.codec),
-        image_size=config.image_size,
-        class_names=dataset.class_names,
-    )
-    run = RunDir(Path(config.out) if config.out else default_folder(config.data, config.model, config.image_size))
-    return Setup(config, model, run, dataset, codec, device, dtype)
+    names = dataset.class_names
+    codec_name = lasting_codec_name(config.codec)
+    if source is not None:
+        check_codec(config, source, codec)
+        model = tuned_model(source, config, shape=shape, class_names=names, codec=codec_name)
+        with torch.device("meta"):
+            choose_trainable(DiT(model.dit), config, set())  # refuses a pattern before a folder is made
+    else:
+        model = ModelConfig(
+            dit=config.dit(input_shape=shape, num_classes=len(names)),
+            diffusion=config.diffusion(),
+            codec=codec_name,
+            image_size=config.image_size,
+            class_names=names,
+        )
+    return Setup(config, model, run, dataset, codec, device, dtype, source)
 
 
 def _fit_latents(config: TrainConfig, dataset: EncodedDataset) -> TrainConfig:
@@ -68,7 +92,7 @@ def _fit_latents(config: TrainConfig, dataset: EncodedDataset) -> TrainConfig:
     changes: dict[str, Any] = {}
     if config.vae is None and not config.pixels:
         changes["vae"] = dataset.vae
-    if config.image_size == TrainConfig.image_size:
+    if config.image_size in (None, TrainConfig.LEFT_TO_SOURCE["image_size"]):
         changes["image_size"] = dataset.image_size
     return replace(config, **changes)
 
@@ -77,7 +101,10 @@ def describe(setup: Setup) -> dict[str, object]:
     """Sizes of a run, before it starts; memory is an estimate of the weights, the optimiser and the activations."""
     config, dit = setup.config, setup.model.dit
     with torch.device("meta"):
-        parameters = sum(p.numel() for p in DiT(dit).parameters())
+        network = DiT(dit)
+        parameters = sum(p.numel() for p in network.parameters())
+        choose_trainable(network, config, set())
+        trainable = sum(p.numel() for p in unfrozen(network))
     tokens = math.prod(dit.input_size) // dit.patch_size**2
     # Kept for the backward pass of a block: about 12 numbers per token and width besides the MLP's hidden layer twice.
     kept = dit.width * (12 + 2 * dit.mlp_ratio) * (2 if setup.dtype == torch.bfloat16 else 4)
@@ -88,11 +115,12 @@ def describe(setup: Setup) -> dict[str, object]:
         "classes": list(setup.model.class_names),
         "input": [dit.in_channels, *dit.input_size],
         "parameters": parameters,
+        "trainable": trainable,
         "device": str(setup.device),
         "precision": "bf16" if setup.dtype == torch.bfloat16 else "fp32",
         "steps": config.steps,
         "epochs": round(config.steps * config.batch_size / len(setup.dataset), 2),
-        "memory_gb": round((20 * parameters + activations) / 1e9, 2),
+        "memory_gb": round((4 * parameters + 16 * trainable + activations) / 1e9, 2),
     }
 
 
@@ -100,8 +128,10 @@ def start_or_resume(setup: Setup) -> TrainState:
     """A fresh state in a new run folder, or the last checkpoint's. Raises ResumeError for a run of other settings."""
     checkpoint = open_run(setup.run, setup.config, setup.model, setup.dataset, setup.device)
     if checkpoint is None:
-        return new_state(setup.config, setup.model, setup.device)
-    return load_state(checkpoint, setup.config, setup.device)
+        if setup.source:
+            say_what_is_new(setup.source, setup.model)
+        return new_state(setup.config, setup.model, setup.device, setup.source)
+    return load_state(checkpoint, setup.config, setup.model, setup.device, setup.source)
 
 
 def open_run(
@@ -181,12 +211,12 @@ def _write_config(
 
 def _comparable(config: Any) -> Any:
     """The same config, with folders by their whole path however they were spelled."""
-    paths = {name: getattr(config, name, None) for name in ("data", "vae")}
+    paths = {name: getattr(config, name, None) for name in ("data", "vae", "from_")}
     whole = {name: str(Path(path).resolve()) for name, path in paths.items() if path and Path(path).exists()}
     return replace(config, **whole)
 
 
-def default_folder(data: str, name: str, image_size: int) -> Path:
+def default_folder(data: str, name: str, image_size: int | str) -> Path:
     """`runs/DATA-NAME-SIZE`."""
     folder = Path(data).resolve().name if Path(data).exists() else data
-    return RUNS / f"{folder}-{name.replace('/', '-')}-{image_size}".lower()
+    return RUNS / re.sub(r"[^\w.-]+", "-", f"{folder}-{name}-{image_size}").strip("-").lower()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,47 +12,69 @@ from torch import Tensor, nn
 from ditcli.config import ModelConfig, TrainConfig, TrainVaeConfig
 from ditcli.errors import CheckpointError
 from ditcli.models.dit import DiT
-from ditcli.models.weights import RAW, load_dit, read_tensors
-from ditcli.runs import state_file
+from ditcli.models.files import read_tensors
+from ditcli.models.weights import RAW
+from ditcli.runs import read_model_config, state_file
 from ditcli.training.ema import average_of
+from ditcli.training.finetune import Source, carry_over, choose_trainable, unfrozen
 
 
 @dataclass
 class TrainState:
-    """After `step` optimiser steps; `losses` are those since the last row of metrics."""
+    """After `step` optimiser steps; `losses` are those since the last row of metrics.
+
+    `kept` are the names of the weights that a checkpoint holds: all of them, but with adapters only what is trained.
+    """
 
     model: nn.Module
     average: nn.Module
     optimizer: torch.optim.Optimizer
+    kept: Set[str]
     step: int = 0
     seconds: float = 0.0
     losses: list[Tensor] = field(default_factory=list)
 
+    def weights(self) -> dict[str, Tensor]:
+        """The averaged ones, for a checkpoint."""
+        return {name: value for name, value in self.average.state_dict().items() if name in self.kept}
+
     def tensors(self) -> dict[str, Tensor]:
         """All of it but the average, for a file."""
-        tensors = {RAW + name: value for name, value in self.model.state_dict().items()}
+        tensors = {RAW + name: value for name, value in self.model.state_dict().items() if name in self.kept}
         tensors |= optimizer_tensors(self.model, self.optimizer)
         losses = torch.stack(self.losses).cpu() if self.losses else torch.zeros(0)
         return tensors | {"seconds": torch.tensor(self.seconds, dtype=torch.float64), "losses": losses}
 
 
-def new_state(config: TrainConfig, model: ModelConfig, device: torch.device) -> TrainState:
-    """A fresh network, drawn from the run's seed on the CPU, so that it does not depend on the device."""
+def new_state(
+    config: TrainConfig, model: ModelConfig, device: torch.device, source: Source | None = None
+) -> TrainState:
+    """A fresh network, drawn from the run's seed on the CPU, so that it does not depend on the device.
+
+    With a source it has that one's weights, as far as they fit.
+    """
     torch.manual_seed(config.seed)
-    network = DiT(model.dit).to(device)
-    return TrainState(network, average_of(network), make_optimizer(network, config))
+    network = DiT(model.dit)
+    fresh = carry_over(source, network, model.class_names) if source else set()
+    kept = choose_trainable(network, config, fresh)
+    network = network.to(device)
+    return TrainState(network, average_of(network), make_optimizer(network, config), kept)
 
 
-def load_state(checkpoint: Path, config: TrainConfig, device: torch.device) -> TrainState:
+def load_state(
+    checkpoint: Path, config: TrainConfig, model: ModelConfig, device: torch.device, source: Source | None = None
+) -> TrainState:
     """The state saved with a checkpoint, to the bit. Raises CheckpointError where it is damaged."""
-    average, model = load_dit(checkpoint)
-    network, _ = load_dit(checkpoint, ema=False)
-    network = network.to(device).train()
-    average = average.to(device).requires_grad_(False)
-    state = TrainState(network, average, make_optimizer(network, config), step=model.step)
+    state = new_state(config, model, device, source)
     saved = read_tensors(state_file(checkpoint))
+    raw = {key.removeprefix(RAW): value for key, value in saved.items() if key.startswith(RAW)}
+    for network, weights in ((state.average, read_tensors(checkpoint)), (state.model, raw)):
+        if weights.keys() != state.kept:
+            raise CheckpointError(f"{checkpoint} and its training state do not hold the weights of {config.COMMAND}.")
+        network.load_state_dict(weights, strict=False)
+    state.step = read_model_config(checkpoint).step
     try:
-        load_optimizer(network, state.optimizer, saved)
+        load_optimizer(state.model, state.optimizer, saved)
         state.seconds, state.losses = saved["seconds"].item(), list(saved["losses"].to(device))
     except KeyError as error:
         raise CheckpointError(f"{state_file(checkpoint)} lacks {error}: it is not a training state.") from error
@@ -66,6 +88,7 @@ def optimizer_tensors(
     return {
         f"{prefix}{name}.{key}": value
         for name, parameter in network.named_parameters()
+        if parameter.requires_grad
         for key, value in optimizer.state[parameter].items()
     }
 
@@ -75,6 +98,8 @@ def load_optimizer(
 ) -> None:
     """Give the optimiser the moments that `optimizer_tensors` gave."""
     for name, parameter in network.named_parameters():
+        if not parameter.requires_grad:
+            continue
         start = f"{prefix}{name}."
         moments = {key.removeprefix(start): value for key, value in saved.items() if key.startswith(start)}
         # In the parameter's own memory layout: the fused optimiser walks through both side by side.
@@ -90,9 +115,9 @@ def _place_of_steps(parameter: Tensor) -> torch.device:
 
 
 def make_optimizer(network: nn.Module, config: TrainConfig | TrainVaeConfig) -> torch.optim.Optimizer:
-    """AdamW."""
+    """AdamW over what is not frozen."""
     return torch.optim.AdamW(
-        network.parameters(),
+        unfrozen(network),
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         weight_decay=config.weight_decay,

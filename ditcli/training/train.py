@@ -25,6 +25,7 @@ from ditcli.training.batches import Batches
 from ditcli.training.best import BestWeights
 from ditcli.training.checkpoints import save_checkpoint
 from ditcli.training.ema import ema_decay, update_average
+from ditcli.training.finetune import unfrozen
 from ditcli.training.loop import apply_gradients, learning_rate, run_loop
 from ditcli.training.metrics import Row
 from ditcli.training.objective import diffusion_loss
@@ -63,9 +64,10 @@ def train(config: TrainConfig) -> RunDir:
     batches = Batches(
         latents, setup.codec, diffusion, config, num_classes=setup.model.dit.num_classes, device=setup.device
     )
-    parameters = sum(p.numel() for p in state.model.parameters())
+    parameters, trained = (sum(p.numel() for p in ps) for ps in (state.model.parameters(), unfrozen(state.model)))
     precision = "bf16" if setup.dtype == torch.bfloat16 else "fp32"
-    say(f"Training {parameters / 1e6:.1f} M parameters on {setup.device} in {precision}; run folder {run.path}")
+    share = f"{trained / 1e6:.2f} M of " if trained < parameters else ""
+    say(f"Training {share}{parameters / 1e6:.1f} M parameters on {setup.device} in {precision}; run folder {run.path}")
     score = None
     if config.eval_every:
         from ditcli.evaluation.during_training import open_training_score
@@ -119,7 +121,7 @@ def _judge(setup: Setup, state: TrainState, rows: list[Row], best: BestWeights, 
 def _save(setup: Setup, state: TrainState) -> Path:
     model = replace(setup.model, step=state.step)
     try:
-        return save_checkpoint(setup.run, model, state.average, state.tensors(), keep=setup.config.keep_checkpoints)
+        return save_checkpoint(setup.run, model, state.weights(), state.tensors(), keep=setup.config.keep_checkpoints)
     except (OSError, SafetensorError) as error:
         raise DitcliError(
             f"the checkpoint of step {state.step:,} could not be written to {setup.run.checkpoints} "
