@@ -21,6 +21,9 @@ COMMANDS = {
     "train-vae": ("train_vae", "Train a VAE on a folder of images."),
     "encode": ("encode", "Encode a folder of images into latents."),
     "decode": ("decode", "Decode latents into images."),
+    "pull": ("pull", "Fetch a model or a VAE from the Hub into the cache."),
+    "push": ("push", "Share a run on the Hub, with a model card."),
+    "info": ("info", "Say what a model is: architecture, size, training, diffusion, codec."),
     "demo": ("demo", "Train a small DiT on the embedded pictures and draw from it, in a few minutes."),
 }
 
