@@ -381,8 +381,8 @@ def test_a_folder_that_is_no_vae_is_named(tmp_path: Path):
     ):
         open_codec(tmp_path)
     save_codec(make_network(KL), tmp_path)
-    (tmp_path / WEIGHTS).rename(tmp_path / "diffusion_pytorch_model.bin")
-    with pytest.raises(ModelNotFoundError, match=f"no {WEIGHTS} beside it; it holds .*diffusion_pytorch_model.bin"):
+    (tmp_path / WEIGHTS).rename(tmp_path / "weights.ckpt")
+    with pytest.raises(ModelNotFoundError, match=f"no {WEIGHTS} beside it; it holds .*weights.ckpt"):
         open_codec(tmp_path)
 
 
