@@ -22,11 +22,13 @@ import ditcli
 from ditcli import export as exporting
 from ditcli.codecs.autoencoder_kl import AutoencoderKL
 from ditcli.codecs.folder import read_autoencoder, save_codec
-from ditcli.config import Conditioning, ExportConfig, ModelConfig
+from ditcli.config import Conditioning, ExportConfig, ModelConfig, SampleConfig
 from ditcli.errors import DitcliError, SettingError
 from ditcli.export import export_onnx
+from ditcli.images import load_square
 from ditcli.models.weights import load_dit
 from ditcli.runs import RunDir
+from ditcli.sampling import sample
 from ditcli.sessions import open_session
 
 # With each way of conditioning something else that an export may be asked for.
@@ -209,6 +211,19 @@ def test_the_decoder_of_another_vae(latent, tmp_path):
     config = ExportConfig(model=str(latent.run.path), vae=str(tmp_path / "kl"), out=str(tmp_path / "out"))
     _, decoder = export_onnx(config).files
     assert decoder_difference(decoder, tmp_path / "kl") < 1e-5
+
+
+def test_a_published_pipeline_exports_and_draws_the_same_picture(tmp_path, shared):
+    """Its conventions, of frequencies, norms and time grid, go along."""
+    pipeline = str(shared / "golden" / "diffusers_pipeline")
+    exported = export_onnx(ExportConfig(model=pipeline, out=str(tmp_path / "onnx")))
+    assert max(exported.differences) < 1e-4
+    pictures = []
+    for model in (pipeline, str(tmp_path / "onnx")):
+        out = str(tmp_path / Path(model).name / "out")
+        drawn = sample(SampleConfig(model=model, labels=("tench",), steps=10, out=out, device="cpu"))
+        pictures.append(load_square(Path(drawn.images[0].path), 64).astype(int))
+    assert np.abs(pictures[0] - pictures[1]).mean() < 1
 
 
 @pytest.mark.slow
