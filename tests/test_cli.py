@@ -175,7 +175,7 @@ def test_flag_before_environment_before_file_before_preset_before_default(ditcli
         (["trian"], 2, "Did you mean 'train'?"),
         (["sample", "--model", "nowhere"], 1, "nowhere"),
         (["sample", "--model", "broken.safetensors"], 1, "broken.safetensors"),
-        (["sample", "--model", "."], 1, "broken.safetensors is missing or damaged"),
+        (["sample", "--model", "."], 1, "broken.safetensors is damaged"),
         (["sample", "--steps", "5000"], 2, "has only 1000"),
         (["sample", "--labels", "²"], 2, "'²'"),
         (["sample", "--labels"], 2, "at least one value"),

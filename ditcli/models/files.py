@@ -27,7 +27,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is missing or damaged ({error}).") from error
+        raise CheckpointError(f"{path} is damaged ({error}): download or copy it again.") from error
 
 
 def is_pickle(path: Path) -> bool:
