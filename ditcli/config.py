@@ -778,7 +778,7 @@ DEMO: dict[str, Any] = {
     "schedule": "flow",
     "prediction": "x0",
     "batch_size": 32,
-    "steps": 1600,
+    "steps": 1300,
     "lr": 1e-3,
     "warmup_steps": 50,
     "lr_schedule": "cosine",

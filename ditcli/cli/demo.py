@@ -22,6 +22,6 @@ def command(out: str, steps: int | None, device: str) -> None:
     from ditcli.training.train import train
 
     run = train(config)
-    settings = {"num": 8, "cfg": 2, "grid": True, "batch_size": 80, "device": device}
+    settings = {"num": 8, "cfg": 2, "steps": 30, "grid": True, "batch_size": 80, "device": device}
     samples = sample(SampleConfig.from_dict({"model": str(run.path), "out": f"{out}/demo"} | settings))
     click.echo(samples.grid)
