@@ -29,6 +29,7 @@ VaeKind = Literal["kl", "vq"]
 Backend = Literal["auto", "torch", "onnx"]
 ExportDtype = Literal["fp32", "fp16"]
 FidResize = Literal["torch-fidelity", "pytorch-fid"]
+NETWORKS = ("inception", "dinov2")  # the extractors of ours, which take weights
 
 DEFAULT_VAE = "stabilityai/sd-vae-ft-ema"
 TILE = 1024  # Pixels: 16 times the 0.25 GB that decoding 256x256 with the Stable Diffusion VAE takes.
@@ -263,8 +264,8 @@ class TrainConfig(Config):
     eval_metric: Literal["fid", "kid"] = option(
         "fid", "Which score; the best weights are those with the lowest.", choices=("fid", "kid")
     )
-    eval_features: str = option("inception", "Features of the score, as in `ditcli fid`: inception or an ONNX file.")
-    eval_weights: str | None = option(None, "Inception weights, as in `ditcli fid`.  [default: fetched once]")
+    eval_features: str = option("inception", "Features of the score, as in `ditcli fid`.")
+    eval_weights: str | None = option(None, "Their weights, as in `ditcli fid`.  [default: fetched once]")
     eval_cfg: float = option(1.0, "Guidance scale of the scored samples.")
     eval_steps: int = option(50, "Sampler steps of the scored samples.")
 
@@ -309,7 +310,7 @@ class TrainConfig(Config):
             for f in dataclasses.fields(self):
                 if f.name.startswith("eval_"):
                     self._check(f.name, getattr(self, f.name) == f.default, "left out without --eval-every")
-        elif self.eval_features != "inception":
+        elif self.eval_features not in NETWORKS:
             self._check("eval_weights", self.eval_weights is None, f"left out with {self.eval_features}")
         for name in ("label_dropout", "ema_decay", "beta1", "beta2"):
             self._check(name, 0 <= getattr(self, name) < 1, "at least 0 and less than 1")
@@ -618,9 +619,11 @@ class FidConfig(Config):
         (),
         "fid, kid, is (Inception Score), pr (precision and recall).  [default: fid, and kid where both have pictures]",
     )
-    features: str = option("inception", "inception, or an ONNX file that maps N x 3 x H x W in [0,1] to N x D.")
+    features: str = option("inception", "inception, dinov2, or an ONNX file that maps N x 3 x H x W in [0,1] to N x D.")
     weights: str | None = option(
-        None, "Inception weights of 2015-12-05: a file, or OWNER/REPOSITORY/FILE on the Hub.  [default: fetched once]"
+        None,
+        "Inception's of 2015-12-05: a file, or OWNER/REPOSITORY/FILE on the Hub. DINOv2's: a folder with config.json "
+        "and model.safetensors, or OWNER/REPOSITORY.  [default: fetched once, facebook/dinov2-large for dinov2]",
     )
     resize: FidResize | None = option(
         None, "Whose resize to 299 Inception sees.  [default: torch-fidelity]", choices=FidResize
@@ -654,8 +657,9 @@ class FidConfig(Config):
         self._check_at_least(1, "image_size", "steps", "batch_size", "num_workers")
         self._check_at_least(2, "num")
         self._check_at_least(0, "cfg", "seed")
-        if self.features != "inception":
+        if self.features not in NETWORKS:
             self._check("weights", self.weights is None, f"left out with --features {self.features}")
+        if self.features != "inception":
             self._check("resize", self.resize is None, f"left out with --features {self.features}")
             self._check("metrics", "is" not in words, "without `is`, which only --features inception has")
         if self.fake is None:

@@ -122,6 +122,24 @@ def find_lpips(name: str | None) -> Path:
         raise ModelNotFoundError(f"{error} {instead}") from error
 
 
+def find_dinov2(name: str) -> Path:
+    """The folder of a DINOv2 as transformers writes it: a local one, or a Hub repository's.
+
+    Raises ModelNotFoundError that says how to bring the files where there is no network.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        choose_transformer({path.name for path in folder.iterdir() if path.is_file()}, str(folder))
+        return folder
+    if folder.exists():
+        raise ModelNotFoundError(
+            f"weights is {name!r}, a file, but DINOv2's are a folder with config.json and {SHARED_MODEL}."
+        )
+    bring = f"or bring its config.json and {SHARED_MODEL} in a folder and give that with --weights FOLDER"
+    local = f"a folder with config.json and {SHARED_MODEL}, or "
+    return _fetch(name, choose_transformer, local, again=f"run the same command again, {bring}").parent
+
+
 def _local_codec(name: str) -> Path | None:
     for path in (Path(name), runs.RUNS / name):
         if runs.is_run(path) and not (path / "vae" / "config.json").is_file():
@@ -180,6 +198,18 @@ def choose_codec(names: set[str], folder: str) -> list[str]:
     return _vae(names, folder, "" if "vae/config.json" not in names and "config.json" in names else "vae/")
 
 
+def choose_transformer(names: set[str], folder: str) -> list[str]:
+    """The two files of a network of Hugging Face's transformers."""
+    needed = ["config.json", SHARED_MODEL]
+    missing = [name for name in needed if name not in names]
+    if missing:
+        raise ModelNotFoundError(
+            f"{folder} has no {' and no '.join(missing)}, as a folder of DINOv2 weights must; "
+            f"it holds {_listed(sorted(names)) or 'nothing'}."
+        )
+    return needed
+
+
 def choose_weights(names: set[str], folder: str) -> list[str]:
     """All loose weights of a folder."""
     found = sorted(name for name in names if "/" not in name and name.endswith(LOOSE))
@@ -217,8 +247,8 @@ def _listed(names: list[str]) -> str:
 # The Hub
 
 
-def _fetch(name: str, choose: Choose, local: str) -> Path:
-    """The files of a Hub repository that `choose` picks, on disk."""
+def _fetch(name: str, choose: Choose, local: str, again: str | None = None) -> Path:
+    """The files of a Hub repository that `choose` picks, on disk. `again`: what to do once there is a network."""
     wanted = HubName.parse(name)
     if wanted is None or name.startswith(f"{runs.RUNS}/"):
         raise ModelNotFoundError(
@@ -230,7 +260,7 @@ def _fetch(name: str, choose: Choose, local: str) -> Path:
     with _explained(wanted):
         files = _list_files(wanted)
         if files is None:
-            return _from_cache(wanted, choose)
+            return _from_cache(wanted, choose, again or f"run `ditcli pull {wanted}`")
         picked = _pick(files, choose, wanted)
         missing = [name for name in picked if not _is_cached(wanted.repo, name, files[name].commit)]
         if missing:
@@ -294,7 +324,7 @@ def _list_files(wanted: HubName) -> dict[str, _Remote] | None:
         return None
 
 
-def _from_cache(wanted: HubName, choose: Choose) -> Path:
+def _from_cache(wanted: HubName, choose: Choose, again: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
@@ -308,7 +338,7 @@ def _from_cache(wanted: HubName, choose: Choose) -> Path:
         raise ModelNotFoundError(
             f"{wanted} is not in the cache, or not all of it, and the Hub cannot be reached: "
             + ("HF_HUB_OFFLINE=1 is set. Unset it" if _is_offline() else "connect to the network")
-            + f" and run `ditcli pull {wanted}`."
+            + f" and {again}."
         ) from error
 
 

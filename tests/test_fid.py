@@ -525,7 +525,7 @@ def test_wrong_input_is_a_sentence(ditcli, network, tmp_path):
     for words, sentence in (
         (("--real", "real"), "fake is None, but must be given"),
         (("--fake", "real"), "Missing option '--real'"),
-        (("--real", "real", "--fake", "real", "--features", "dinov2"), "must be inception or an ONNX file"),
+        (("--real", "real", "--fake", "real", "--features", "dinov3"), "must be inception, dinov2 or an ONNX file"),
         (("--real", "bare.npz", "--save-stats", "x.npz", "--features", network), "save-stats needs pictures"),
         (("--real", "real", "--fake", "real", "--weights", "none.pth"), "none.pth: cannot be read"),
     ):

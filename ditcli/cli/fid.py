@@ -15,6 +15,7 @@ ditcli fid --real ./celeba --fake runs/celeba-dit-b-2-256 --num 10000 --cfg 1.5 
 ditcli fid --real ./celeba --image-size 128 --save-stats celeba-128.npz
 ditcli fid --real celeba-128.npz --fake samples.zip --json
 ditcli fid --real ./celeba --fake ./out --features efficientnet.onnx --codec madebyollin/taesd
+ditcli fid --real ./celeba --fake ./out --features dinov2 --metrics fid,pr
 """
 
 

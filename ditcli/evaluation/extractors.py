@@ -12,23 +12,28 @@ from ditcli.config import FidResize
 from ditcli.data.latents import cache_folder
 from ditcli.errors import DitcliError, SettingError
 from ditcli.evaluation import inception
+from ditcli.evaluation.dinov2 import Dinov2Features
 from ditcli.evaluation.features import Extractor, OnnxFeatures, file_sha256
+from ditcli.hub import find_dinov2
 from ditcli.progress import progress, say
 
+DINOV2 = "facebook/dinov2-large"  # the size of dgm-eval
 SECONDS_TO_ANSWER = 20
 
 
 def open_extractor(
     features: str, *, weights: str | None = None, resize: FidResize | None = None, device: torch.device | str = "cpu"
 ) -> Extractor:
-    """`inception`, with the weights in a file or the public ones, or the ONNX file of that name."""
+    """`inception` or `dinov2`, with the weights named or the public ones, or the ONNX file of that name."""
     if features == "inception":
         path = find_weights(weights) if weights else fetch_weights()
         return inception.InceptionFeatures(path, resize=resize or "torch-fidelity", device=device)
+    if features == "dinov2":
+        return Dinov2Features(find_dinov2(weights or DINOV2), device=device)
     path = Path(features).expanduser()
     if not path.is_file():
         raise SettingError(
-            f"features is {features!r}, but must be inception or an ONNX file, and there is no such file."
+            f"features is {features!r}, but must be inception, dinov2 or an ONNX file, and there is no such file."
         )
     return OnnxFeatures(path)
 

@@ -1,6 +1,7 @@
 """From pictures to features: what an extractor is, and the one that runs any ONNX file.
 
-The extractor of FID itself is `inception.InceptionFeatures`; this module imports no torch.
+The extractor of FID itself is `inception.InceptionFeatures`, another `dinov2.Dinov2Features`; this module imports no
+torch.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Extractor(Protocol):
 
     @property
     def name(self) -> str:
-        """What the features are called in a result: `inception`, or the file's name."""
+        """What the features are called in a result: `inception`, `dinov2-large` and a hash, or the file's name."""
 
     @property
     def is_fid(self) -> bool:
@@ -97,6 +98,13 @@ def as_batches(images: Images) -> list[np.ndarray]:
     return batches
 
 
+def resize_batch(batch: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """uint8 (N, H, W, 3) of any size -> of `size`, (width, height), with Pillow's bicubic filter: antialiased."""
+    if size == (batch.shape[2], batch.shape[1]):
+        return batch
+    return np.stack([np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)) for image in batch])
+
+
 class OnnxFeatures:
     """An ONNX file that maps float32 pictures (N, 3, H, W) in [0, 1] to features (N, D), run on the CPU.
 
@@ -132,20 +140,12 @@ class OnnxFeatures:
         self.weights_sha256 = file_sha256(path)
 
     def __call__(self, images: Images) -> np.ndarray:
-        batches = [self._resize(batch) for batch in as_batches(images)]
+        batches = [resize_batch(batch, self.size) if self.size else batch for batch in as_batches(images)]
         if self.size:
             batches = [np.concatenate(batches)]
         if self.one_by_one:
             batches = [image[None] for batch in batches for image in batch]
         return np.concatenate([self._run(batch) for batch in batches])
-
-    def _resize(self, batch: np.ndarray) -> np.ndarray:
-        """uint8 (N, H, W, 3) of any size -> of the graph's."""
-        if self.size in (None, (batch.shape[2], batch.shape[1])):
-            return batch
-        return np.stack(
-            [np.asarray(Image.fromarray(image).resize(self.size, Image.Resampling.BICUBIC)) for image in batch]
-        )
 
     def _run(self, batch: np.ndarray) -> np.ndarray:
         pixels = np.ascontiguousarray(batch.transpose(0, 3, 1, 2), dtype=np.float32) / 255
