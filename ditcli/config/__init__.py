@@ -1,0 +1,63 @@
+"""Every setting of ditcli as a frozen dataclass: defaults, help texts and validation live here and nowhere else.
+
+Free of torch, numpy and click, so that ``ditcli train --help`` reads it in milliseconds. A field made with `option`
+becomes a command-line option of the same name with hyphens; ``__post_init__`` raises a ``ValueError`` that names the
+field, its value and what is allowed.
+"""
+
+from ditcli.config.base import Config, Loss, Precision, option, suggest
+from ditcli.config.model import (
+    DIT_SIZES,
+    Conditioning,
+    DiffusionConfig,
+    DiTConfig,
+    ModelConfig,
+    Prediction,
+    ScheduleName,
+    Spacing,
+    parse_model_name,
+)
+from ditcli.config.sample import Backend, ExportConfig, ExportDtype, SampleConfig, SamplerName, Walk
+from ditcli.config.score import METRICS, NETWORKS, FidConfig, FidResize
+from ditcli.config.share import PushConfig
+from ditcli.config.train import DEFAULT_VAE, DEMO, PRESETS, TrainConfig
+from ditcli.config.vae import TILE, VAE_PRESETS, DecodeConfig, EncodeConfig, TrainVaeConfig, VaeConfig, VaeKind
+
+__all__ = [
+    "DEFAULT_VAE",
+    "DEMO",
+    "DIT_SIZES",
+    "METRICS",
+    "NETWORKS",
+    "PRESETS",
+    "TILE",
+    "VAE_PRESETS",
+    "Backend",
+    "Conditioning",
+    "Config",
+    "DecodeConfig",
+    "DiTConfig",
+    "DiffusionConfig",
+    "EncodeConfig",
+    "ExportConfig",
+    "ExportDtype",
+    "FidConfig",
+    "FidResize",
+    "Loss",
+    "ModelConfig",
+    "Precision",
+    "Prediction",
+    "PushConfig",
+    "SampleConfig",
+    "SamplerName",
+    "ScheduleName",
+    "Spacing",
+    "TrainConfig",
+    "TrainVaeConfig",
+    "VaeConfig",
+    "VaeKind",
+    "Walk",
+    "option",
+    "parse_model_name",
+    "suggest",
+]

@@ -1,0 +1,134 @@
+"""What a checkpoint says of itself: the network, the noising process, the codec and the classes."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, Literal, Self, get_args
+
+from ditcli.config.base import Config, suggest
+from ditcli.errors import SettingError
+
+Conditioning = Literal["adaln-zero", "adaln", "cross-attention", "in-context"]
+ScheduleName = Literal["linear", "cosine", "flow"]
+Prediction = Literal["eps", "x0", "v", "flow"]
+Spacing = Literal["uniform", "quadratic", "karras", "leading", "trailing"]
+
+
+# Paper table 1: depth, width, heads.
+DIT_SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiTConfig(Config):
+    """The shape of a Diffusion Transformer; `input_size` is the (height, width) of its input.
+
+    The last two are conventions in which published weights differ; their defaults are the reference DiT's. Frequency i
+    of the 128 of the time embedding is 10000^(-i / frequency_divisor), and diffusers divides by 127. `mlp_norm_eps` is
+    that of the norm before a block's MLP, 1e-5 in diffusers.
+    """
+
+    input_size: tuple[int, int] = (32, 32)
+    in_channels: int = 4
+    out_channels: int = 8
+    patch_size: int = 2
+    width: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    mlp_ratio: float = 4.0
+    num_classes: int = 1000
+    conditioning: Conditioning = "adaln-zero"
+    frequency_divisor: int = 128
+    mlp_norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        self._check_types()
+        self._check("conditioning", self.conditioning in get_args(Conditioning), f"one of {get_args(Conditioning)}")
+        self._check_at_least(1, "in_channels", "out_channels", "patch_size", "width", "depth", "num_heads")
+        self._check_at_least(1, "frequency_divisor")
+        self._check("mlp_norm_eps", self.mlp_norm_eps > 0, "positive")
+        self._check_at_least(0, "num_classes")
+        self._check("width", self.width % 4 == 0, "a multiple of 4 (2-D sin-cos positions)")
+        self._check("num_heads", self.width % self.num_heads == 0, f"a divisor of width {self.width}")
+        self._check("mlp_ratio", self.mlp_ratio > 0, "positive")
+        fits = len(self.input_size) == 2 and all(n > 0 and n % self.patch_size == 0 for n in self.input_size)
+        self._check("input_size", fits, f"two multiples of the patch size {self.patch_size}")
+
+
+def parse_model_name(name: str) -> dict[str, int]:
+    """`"DiT-B/2"` -> its depth, width, heads and patch size (paper table 1)."""
+    match = re.fullmatch(r"DiT-(S|B|L|XL)/(\d+)", name, flags=re.IGNORECASE)
+    names = [f"DiT-{size}/{patch}" for size in DIT_SIZES for patch in (2, 4, 8)]
+    if not match:
+        hint = suggest(name, names)
+        raise SettingError(
+            f"model is {name!r}, but must be DiT-S, -B, -L or -XL with a patch size, as in DiT-B/2.{hint}"
+        )
+    depth, width, num_heads = DIT_SIZES[match[1].upper()]
+    return {"depth": depth, "width": width, "num_heads": num_heads, "patch_size": int(match[2])}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionConfig(Config):
+    """The noising process and what the network predicts of it.
+
+    The last four are conventions in which published weights differ. A flow model is given the time `time_scale` t
+    (default: num_timesteps t), or `time_scale` (1 - t) with `reversed_time`, where its flow points from noise to data
+    too (SiT). `guided_channels` says how many channels guidance moves (None: all; 3 in the published DiT and SiT).
+    `spacing` is how samplers space their steps unless told otherwise (diffusers' DiT: leading).
+    """
+
+    schedule: ScheduleName = "linear"
+    num_timesteps: int = 1000
+    prediction: Prediction = "eps"
+    learn_sigma: bool = False
+    time_scale: float | None = None
+    reversed_time: bool = False
+    guided_channels: int | None = None
+    spacing: Spacing = "uniform"
+
+    def __post_init__(self) -> None:
+        self._check_types()
+        self._check("schedule", self.schedule in get_args(ScheduleName), f"one of {get_args(ScheduleName)}")
+        self._check("prediction", self.prediction in get_args(Prediction), f"one of {get_args(Prediction)}")
+        self._check_at_least(2, "num_timesteps")
+        self._check_at_least(1, "guided_channels")
+        self._check("spacing", self.spacing in get_args(Spacing), f"one of {get_args(Spacing)}")
+        if self.schedule != "flow":
+            self._check("time_scale", self.time_scale is None, "left out: only the flow schedule has it")
+            self._check("reversed_time", not self.reversed_time, "false: only the flow schedule has it")
+        if self.schedule == "flow":
+            # At t = 1 flow matching has alpha = 0: eps says nothing there of x0.
+            self._check("prediction", self.prediction != "eps", "x0, v or flow with the flow schedule")
+            self._check(
+                "learn_sigma", not self.learn_sigma, "off with the flow schedule, which has no variance to learn"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(Config):
+    """All that a checkpoint says of itself: with the weights it is enough to sample."""
+
+    dit: DiTConfig
+    diffusion: DiffusionConfig
+    codec: str  # `pixels`, a VAE's folder or its Hub repository
+    image_size: int
+    class_names: tuple[str, ...] = ()
+    step: int = 0
+    base: str = ""  # the model it was fine-tuned from
+    lora_rank: int = 0  # above 0 the weights are an adapter's, and `base` is needed to sample
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        dit = DiTConfig.from_dict(values.get("dit", {}))
+        return super().from_dict(
+            values | {"dit": dit, "diffusion": DiffusionConfig.from_dict(values.get("diffusion", {}))}
+        )
+
+    def __post_init__(self) -> None:
+        self._check_types()
+        names = f"as many as the model's {self.dit.num_classes} classes"
+        self._check("class_names", len(self.class_names) == self.dit.num_classes, names)
+        self._check("codec", bool(self.codec), "the name of a codec")
+        self._check_at_least(1, "image_size")
+        self._check_at_least(0, "step", "lora_rank")
