@@ -229,11 +229,16 @@ def test_presets_are_valid():
 
 
 def test_ctrl_c_exits_with_130(place):
+    code = (
+        "import time, ditcli.cli.main as m\n"
+        "m.cli.main = lambda **k: (print('ready', flush=True), time.sleep(60))\nm.run()"
+    )
     process = subprocess.Popen(
-        [sys.executable, "-c", "import time, ditcli.cli.main as m\nm.cli.main = lambda **k: time.sleep(60)\nm.run()"],
-        stderr=subprocess.PIPE, text=True,
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )  # fmt: skip
-    time.sleep(0.5)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=20)
     assert process.returncode == 130

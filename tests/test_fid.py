@@ -497,7 +497,7 @@ def test_wrong_input_is_a_sentence(ditcli, network, tmp_path):
         ("broken", (), 1, "broken has 0 usable pictures (3 could not be read)"),
         ("empty", (), 1, "there are no pictures in empty"),
         ("missing", (), 1, "there is no missing: give a folder, a .zip, an .npz, a run or a checkpoint"),
-        ("text.zip", (), 1, "text.zip is no checkpoint of ditcli"),
+        ("text.zip", (), 1, "text.zip is no zip archive"),
         ("bare.zip", (), 1, "there are no pictures in bare.zip"),
         ("text.npz", (), 1, "text.npz cannot be read as an .npz"),
         ("cut.npz", (), 1, "cut.npz cannot be read as an .npz"),

@@ -73,6 +73,8 @@ def open_side(name: str, config: FidConfig) -> Side:
         return ArraySide(name, path)
     if path.is_file() and zipfile.is_zipfile(path):
         return ZipSide(name, path)
+    if path.is_file() and path.suffix == ".zip":
+        raise DataError(f"{name} is no zip archive, or a damaged one: download or copy it again.")
     if name in EMBEDDED and not path.exists():
         return FolderSide(name, open_dataset(name))
     try:
