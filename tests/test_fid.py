@@ -514,7 +514,7 @@ def test_wrong_input_is_a_sentence(ditcli, network, tmp_path):
         ("three", ("--num", "9"), 2, "num is 9, but neither side is a model"),
         ("three", ("--resize", "pytorch-fid"), 2, "resize is 'pytorch-fid', but must be left out"),
         ("three", ("--save-stats", "x"), 2, "save-stats is 'x', but must be a name that ends with .npz"),
-        ("three", ("--codec", "nothing"), 1, "there is no folder 'nothing'"),
+        ("three", ("--codec", "nothing"), 1, "there is no 'nothing': give a VAE's folder"),
         ("three", ("--image-size", "0"), 2, "image-size is 0"),
     ):
         found, _, err = ditcli("fid", "--real", "real", "--fake", fake, "--features", network, *words)
