@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -61,7 +62,7 @@ class Codec(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AutoencoderConfig(Config):
+class AutoencoderConfig(Config, ABC):
     """What the config.json of every autoencoder holds, under diffusers' names and with diffusers' defaults.
 
     Latents are ``(z - shift_factor) * scaling_factor``.
@@ -97,28 +98,28 @@ class AutoencoderConfig(Config):
             self._check(name, ok, "a list of positive whole numbers")
 
     @property
+    @abstractmethod
     def downsampling(self) -> int:
         """Pixels per latent, along a side."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def moments_channels(self) -> int:
         """`2 * latent_channels` for mean and log-variance, `latent_channels` for a network without variance."""
-        raise NotImplementedError
 
 
-class Autoencoder(nn.Module):
+class Autoencoder(nn.Module, ABC):
     """A network that encodes images in [-1, 1] to moments and decodes unscaled latents to images in about [-1, 1]."""
 
     config: AutoencoderConfig
 
+    @abstractmethod
     def encode(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) -> moments (N, M, h, w)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decode(self, z: Tensor) -> Tensor:
         """(N, C, h, w) -> (N, 3, H, W)."""
-        raise NotImplementedError
 
 
 def normalise(images: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +53,7 @@ UNDERSTOOD = (
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class ImageDataset:
+class ImageDataset(ABC):
     """Pictures with their classes.
 
     `layout` says in words how they were found, `notes` what was left out. `names` are unique, `labels` int64 (N,) index
@@ -68,9 +69,9 @@ class ImageDataset:
     def __len__(self) -> int:
         return len(self.names)
 
+    @abstractmethod
     def load(self, index: int, size: int) -> np.ndarray:
         """The picture's centre square: uint8 (size, size, 3). Raises `UnreadableImageError`. Safe with threads."""
-        raise NotImplementedError
 
     def fingerprint(self) -> str:
         """Hex digest that changes when a name, a label, a class name or a picture does."""
@@ -82,7 +83,8 @@ class ImageDataset:
         return digest.hexdigest()
 
     def _content(self) -> Iterator[bytes | memoryview]:
-        raise NotImplementedError
+        """What the fingerprint covers besides labels and class names."""
+        return iter(())
 
     def summary(self) -> str:
         """`4,559 images, 2 classes: female 2,517, male 2,042`, and what was left out."""
