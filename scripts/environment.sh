@@ -14,7 +14,7 @@ make_environment() {
     wanted="$extras $(cat pyproject.toml scripts/constraints.txt | cksum)"
     [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ] && return
     [ -x .venv/bin/python ] || "$python" -m venv .venv
-    # torch first and by its exact version: a range would take the newest build, with gigabytes of CUDA libraries.
+    # torch first and by its exact version, before a range of another package can bring in a newer one.
     .venv/bin/python -m pip install --quiet --disable-pip-version-check "$(grep '^torch==' scripts/constraints.txt)"
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -c scripts/constraints.txt -e ".$extras"
     echo "$wanted" >"$stamp"
