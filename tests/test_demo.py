@@ -28,7 +28,9 @@ def test_the_demo_draws_what_was_asked_for(tmp_path: Path, monkeypatch):
     done = subprocess.run([sys.executable, "-m", "ditcli", "demo"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     grid = tmp_path / done.stdout.strip()
-    assert Image.open(grid).size > (300, 600)
+    with Image.open(grid) as picture:
+        assert picture.width > 300
+        assert picture.height > 600
 
     dataset = open_dataset("fashion-mnist")
     known = np.stack([dataset.load(i, 28)[:, :, 0] for i in range(len(dataset))]).reshape(-1, 784).astype(np.float64)
