@@ -15,7 +15,7 @@ from ditcli.config import DEMO, SampleConfig, TrainConfig
 def command(out: str, steps: int | None, device: str) -> None:
     """Train a small DiT on the embedded pictures (Fashion-MNIST, ten classes) and draw from it.
 
-    Takes about two minutes on two CPU cores. Prints the path of a grid with a row for each class.
+    Takes two to three minutes on two CPU cores. Prints the path of a grid with a row for each class.
     """
     config = TrainConfig.from_dict(DEMO | {"out": out, "device": device} | ({} if steps is None else {"steps": steps}))
     from ditcli.sampling import sample
