@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from ditcli.config.base import Config, Loss, Precision, option
+from ditcli.config.base import Config, Loss, Precision, check_training, option
 from ditcli.config.model import Conditioning, DiffusionConfig, DiTConfig, Prediction, ScheduleName, parse_model_name
 from ditcli.config.score import NETWORKS
 from ditcli.errors import SettingError
@@ -117,18 +117,13 @@ class TrainConfig(Config):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         self._check_types()
-        self._check_at_least(
-            1, "image_size", "depth", "width", "num_heads", "patch_size", "steps", "batch_size", "micro_batch"
-        )
-        self._check_at_least(1, "log_every", "checkpoint_every", "sample_num", "sample_steps", "num_workers")
+        check_training(self)
+        self._check_at_least(1, "depth", "width", "num_heads", "patch_size", "sample_steps")
         self._check_at_least(2, "num_timesteps")
         if self.schedule != "flow" and self.num_timesteps is not None:
             most = f"at most num-timesteps, {self.num_timesteps}"
             self._check("sample_steps", self.sample_steps <= self.num_timesteps, most)
-        self._check_at_least(
-            0, "seed", "warmup_steps", "weight_decay", "clip_grad", "keep_checkpoints", "sample_every", "sample_cfg"
-        )
-        self._check_at_least(0, "eval_every", "eval_cfg")
+        self._check_at_least(0, "sample_cfg", "eval_every", "eval_cfg")
         self._check_at_least(2, "eval_num")
         self._check_at_least(1, "eval_steps")
         if not self.eval_every:
@@ -137,13 +132,7 @@ class TrainConfig(Config):
                     self._check(f.name, getattr(self, f.name) == f.default, "left out without --eval-every")
         elif self.eval_features not in NETWORKS:
             self._check("eval_weights", self.eval_weights is None, f"left out with {self.eval_features}")
-        for name in ("label_dropout", "ema_decay", "beta1", "beta2"):
-            self._check(name, 0 <= getattr(self, name) < 1, "at least 0 and less than 1")
-        self._check("lr", self.lr > 0, "positive")
-        if self.micro_batch is not None:
-            self._check(
-                "micro_batch", self.batch_size % self.micro_batch == 0, f"a divisor of batch-size {self.batch_size}"
-            )
+        self._check("label_dropout", 0 <= self.label_dropout < 1, "at least 0 and less than 1")
         if self.pixels and self.vae is not None:
             raise SettingError(f"pixels and vae {self.vae!r} exclude each other: give one of them.")
         self._check_at_least(0, "lora_rank")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from ditcli.config.base import Config, Loss, Precision, option
+from ditcli.config.base import Config, Loss, Precision, check_training, option
 from ditcli.config.train import DEFAULT_VAE
 from ditcli.errors import SettingError
 
@@ -80,24 +80,15 @@ class TrainVaeConfig(Config):
 
     def __post_init__(self) -> None:
         self._check_types()
-        self._check_at_least(1, "image_size", "latent_channels", "layers_per_block", "norm_groups", "steps")
-        self._check_at_least(1, "batch_size", "micro_batch", "log_every", "checkpoint_every", "sample_num")
-        self._check_at_least(1, "num_workers", "gan_width", "gan_layers")
+        check_training(self)
+        self._check_at_least(1, "latent_channels", "layers_per_block", "norm_groups", "gan_width", "gan_layers")
         self._check_at_least(2, "num_codes")
-        self._check_at_least(0, "seed", "warmup_steps", "weight_decay", "clip_grad", "keep_checkpoints", "sample_every")
         self._check_at_least(0, "holdout", "lpips_weight", "kl_weight", "commitment_weight", "gan_weight", "gan_start")
-        for name in ("ema_decay", "beta1", "beta2"):
-            self._check(name, 0 <= getattr(self, name) < 1, "at least 0 and less than 1")
-        self._check("lr", self.lr > 0, "positive")
         groups = self.norm_groups
         fits = len(self.widths) > 0 and all(type(n) is int and n > 0 and n % groups == 0 for n in self.widths)
         self._check("widths", fits, f"multiples of norm-groups {groups}")
         factor = 2 ** (len(self.widths) - 1)
         self._check("image_size", self.image_size % factor == 0, f"a multiple of {factor}, the factor of the VAE")
-        if self.micro_batch is not None:
-            self._check(
-                "micro_batch", self.batch_size % self.micro_batch == 0, f"a divisor of batch-size {self.batch_size}"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)

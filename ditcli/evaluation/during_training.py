@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 
 from ditcli.config import TrainConfig
 from ditcli.data.folders import ImageDataset
+from ditcli.denoisers.opening import Decode
 from ditcli.diffusion import samplers
 from ditcli.diffusion.denoiser import Denoiser
 from ditcli.diffusion.schedule import Schedule
@@ -22,8 +23,6 @@ from ditcli.evaluation.score import compare
 from ditcli.evaluation.sides import FolderSide, spread_labels
 from ditcli.evaluation.statistics import Accumulator, Statistics
 from ditcli.sampling import draw
-
-Decode = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)

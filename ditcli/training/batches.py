@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 
@@ -15,6 +14,7 @@ from ditcli.config import TrainConfig
 from ditcli.data.latent_files import Moments
 from ditcli.data.latents import Latents
 from ditcli.diffusion.process import Diffusion
+from ditcli.memory import free_memory
 
 # Latents stay on the training device when they take at most this part of its free memory.
 RESIDENT_SHARE = 0.4
@@ -59,7 +59,7 @@ class Batches:
         self.moments = latents.moments
         self.flips = latents.moments.shape[1]
         self.resident = None
-        if latents.moments.nbytes <= RESIDENT_SHARE * _free_memory(device):
+        if latents.moments.nbytes <= RESIDENT_SHARE * free_memory(str(device)):
             self.resident = _place(latents.moments, device).flatten(0, 1)
 
     def __getitem__(self, step: int) -> Batch:
@@ -115,10 +115,3 @@ def _place(moments: np.ndarray | Moments, device: torch.device) -> Tensor:
         part = slice(start, start + 4096)
         placed[part] = torch.from_numpy(moments[part].copy()).to(device)
     return placed
-
-
-def _free_memory(device: torch.device) -> int:
-    """Bytes that are free on a GPU, or in this machine."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
