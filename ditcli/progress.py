@@ -1,4 +1,7 @@
-"""What a long task tells the user, on stderr: a bar on a terminal, now and then a plain line on a pipe."""
+"""What a long task tells the user, on stderr: a bar on a terminal, now and then a plain line on a pipe.
+
+`--quiet` and `--verbose` of every command decide how much of it is told; errors and results are told in any case.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,33 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Literal
 
-SECONDS_BETWEEN_LINES = 10.0
+Verbosity = Literal["quiet", "normal", "verbose"]
+SECONDS_BETWEEN_LINES: dict[Verbosity, float] = {"quiet": 10.0, "normal": 10.0, "verbose": 1.0}
+
+_verbosity: Verbosity = "normal"
+_began = time.monotonic()
+
+
+def set_verbosity(verbosity: Verbosity) -> None:
+    """How much is told from now on, by this process."""
+    global _verbosity, _began
+    _verbosity, _began = verbosity, time.monotonic()
 
 
 def say(message: str) -> None:
-    """One line to the user, beside the results on stdout."""
-    print(message, file=sys.stderr, flush=True)
+    """One line to the user, beside the results on stdout; nothing with --quiet, and with --verbose after the time."""
+    if _verbosity == "quiet":
+        return
+    stamp = f"[{time.monotonic() - _began:7.2f} s] " if _verbosity == "verbose" else ""
+    print(f"{stamp}{message}", file=sys.stderr, flush=True)
+
+
+def say_more(message: str) -> None:
+    """A line for --verbose alone."""
+    if _verbosity == "verbose":
+        say(message)
 
 
 def duration(seconds: float) -> str:
@@ -25,10 +48,16 @@ def duration(seconds: float) -> str:
 @contextmanager
 def progress(task: str, total: int, *, start: int = 0) -> Iterator[Callable[[int, str], None]]:
     """Yields ``advance(count, note)``; the bar shows count, rate and time left, and the latest note."""
-    if sys.stderr.isatty():
+    if _verbosity == "quiet":
+        yield _ignore
+    elif sys.stderr.isatty():
         yield from _bar(task, total, start)
     else:
         yield from _lines(task, total, start)
+
+
+def _ignore(count: int, note: str = "") -> None:
+    """Progress that nobody wants to see."""
 
 
 def _bar(task: str, total: int, start: int) -> Iterator[Callable[[int, str], None]]:
@@ -67,7 +96,7 @@ def _lines(task: str, total: int, start: int) -> Iterator[Callable[[int, str], N
         nonlocal done, told
         done += count
         now = time.monotonic()
-        if now - told < SECONDS_BETWEEN_LINES and done < total:
+        if now - told < SECONDS_BETWEEN_LINES[_verbosity] and done < total:
             return
         told = now
         left = (total - done) * (now - began) / max(done - start, 1)

@@ -11,6 +11,7 @@ import click
 import ditcli
 from ditcli.config import suggest
 from ditcli.errors import DitcliError
+from ditcli.progress import say_more
 
 # Name: (module in ditcli.cli, one line of help). Listing them here keeps `ditcli --help` from importing any.
 COMMANDS = {
@@ -69,19 +70,25 @@ def run() -> None:
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing left to flush at exit
-        sys.exit(0)
     except (KeyboardInterrupt, click.Abort):
         sys.exit(_fail("interrupted.", 130))
-    except OSError as error:
-        sys.exit(_fail(f"{error.filename or 'the system'}: {error.strerror or error}.", 1))
     except DitcliError as error:
         sys.exit(_fail(str(error), error.exit_code))
+    except OSError as error:
+        sys.exit(_fail(f"{error.filename or 'the system'}: {error.strerror or error}.", 1))
+    except MemoryError:
+        sys.exit(_fail("there is not enough memory: a smaller --batch-size needs less.", 1))
+    except Exception as error:
+        told = " ".join(str(error).split()) or "without a word"
+        sys.exit(_fail(f"{type(error).__name__}: {told}. This is a fault of ditcli; DITCLI_DEBUG=1 shows where.", 1))
 
 
 def _fail(message: str, code: int) -> int:
+    """Tell of the error being handled; the cause of it, and of that, with --verbose."""
     if os.environ.get("DITCLI_DEBUG"):
         raise
     click.echo(f"Error: {message}", err=True)
+    cause = sys.exception()
+    while cause := cause and (cause.__cause__ or cause.__context__):
+        say_more(f"Caused by {type(cause).__name__}: {cause}")
     return code

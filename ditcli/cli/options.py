@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import platform
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -10,16 +12,46 @@ from typing import Any, TypeVar
 
 import click
 
+import ditcli
 from ditcli.config import Config, suggest
 from ditcli.errors import SettingError
+from ditcli.progress import say_more, set_verbosity
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 AnyConfig = TypeVar("AnyConfig", bound=Config)
+VERBOSITY = "ditcli.verbosity"
+SOURCES = {
+    click.core.ParameterSource.COMMANDLINE: "command line",
+    click.core.ParameterSource.ENVIRONMENT: "environment",
+}
 TYPES = {"int": click.INT, "float": click.FLOAT, "str": click.STRING, "int | str": click.STRING}
 
 
 class Command(click.Command):
-    """A command whose options of many values take all words up to the next option: ``--labels male female``."""
+    """A command whose options of many values take all words up to the next option: ``--labels male female``.
+
+    Each has --quiet and --verbose, and help that ends with examples.
+    """
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        quiet, verbose = "Tell nothing but errors and results.", "Tell more: settings, times, and the causes of errors."
+        for letter, name, help in (("q", "quiet", quiet), ("v", "verbose", verbose)):
+            names = [f"-{letter}", f"--{name}"]
+            self.params.append(click.Option(names, is_flag=True, expose_value=False, callback=_remember, help=help))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        set_verbosity(ctx.meta.get(VERBOSITY, "normal"))
+        say_more(
+            f"ditcli {ditcli.__version__}, Python {platform.python_version()}, {platform.platform()}, {os.getcwd()}"
+        )
+        for name, value in ctx.params.items():
+            source = ctx.get_parameter_source(name)
+            if value not in (None, ()) and source in SOURCES:
+                say_more(f"{name.replace('_', '-')}: {value} ({SOURCES[source]})")
+        result = super().invoke(ctx)
+        say_more("Done.")
+        return result
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         many = {name for param in self.params if getattr(param, "multiple", False) for name in param.opts}
@@ -47,6 +79,11 @@ class Command(click.Command):
             with formatter.indentation():
                 for line in self.epilog.strip().splitlines():
                     formatter.write(f"  {line.strip()}\n")
+
+
+def _remember(ctx: click.Context, option: click.Parameter, given: bool) -> None:
+    if given and ctx.meta.setdefault(VERBOSITY, option.name) != option.name:
+        raise click.UsageError("--quiet and --verbose exclude each other: give one of them.", ctx)
 
 
 def config_options(config_class: type[Config]) -> Callable[[Function], Function]:
