@@ -1,4 +1,4 @@
-"""How many images fit into memory at once."""
+"""How much memory there is, and how many images fit into it at once."""
 
 from __future__ import annotations
 
@@ -30,6 +30,15 @@ def free_memory(device: str) -> int:
     import torch
 
     return torch.cuda.mem_get_info(device)[0]
+
+
+def used_memory(device: str) -> int:
+    """Bytes: the most that tensors took so far on a CUDA device, or what this process holds now."""
+    if device == "cpu":
+        return psutil.Process().memory_info().rss
+    import torch
+
+    return torch.cuda.max_memory_allocated(device)
 
 
 def bytes_per_image(dit: DiTConfig) -> int:

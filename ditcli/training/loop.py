@@ -7,18 +7,20 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from ditcli.config import TrainConfig, TrainVaeConfig
 from ditcli.errors import DitcliError, Interrupted
+from ditcli.memory import used_memory
 from ditcli.progress import progress, say
 from ditcli.runs import RunDir
-from ditcli.training.metrics import Row, append_metrics, plot_loss, rewind_metrics
+from ditcli.training.metrics import Row, append_metrics, plot_loss, rewind_metrics, smooth
 
 MOST_SKIPS_IN_A_ROW = 10
+AnyRow = TypeVar("AnyRow", bound=Row)
 
 
 class State(Protocol):
@@ -37,8 +39,8 @@ def run_loop(
     take_step: Callable[[], tuple[float, float]],
     save: Callable[[], object],
     draw: Callable[[], object],
-    judge: Callable[[list[Row]], bool] = lambda rows: False,
-    row_type: type[Row] = Row,
+    judge: Callable[[list[AnyRow]], bool] = lambda rows: False,
+    row_type: type[AnyRow] = Row,  # type: ignore[assignment]
 ) -> None:
     """Call `take_step`, which gives loss and gradient norm, until `config.steps`; save and draw at their intervals.
 
@@ -65,8 +67,17 @@ def run_loop(
                 rate = (state.step - interval_step) * config.batch_size / (now - interval_began)
                 interval_began, interval_step = now, state.step
                 mean, *others = torch.stack(state.losses).mean(dim=0).reshape(-1).tolist()
-                lr, seconds = learning_rate(config, state.step - 1), round(state.seconds, 2)
-                row = row_type(state.step, mean, lr, norm, round(rate, 2), seconds, *others)
+                row = row_type(
+                    step=state.step,
+                    loss=mean,
+                    smoothed=smooth([*(row.loss for row in rows), mean])[-1],
+                    lr=learning_rate(config, state.step - 1),
+                    grad_norm=norm,
+                    images_per_second=round(rate, 2),
+                    seconds=round(state.seconds, 2),
+                    memory_gb=round(used_memory(str(state.losses[0].device)) / 1e9, 3),
+                    **row_type.parts(others),
+                )
                 append_metrics(run.metrics_file, row)
                 rows.append(row)
                 state.losses.clear()

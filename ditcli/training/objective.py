@@ -14,6 +14,7 @@ from ditcli.diffusion.process import Diffusion
 from ditcli.diffusion.schedule import Schedule
 from ditcli.diffusion.variational import Chain, variational_bound
 from ditcli.training.batches import Batch
+from ditcli.training.metrics import NOISE_LEVELS
 
 Network = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -34,6 +35,17 @@ def diffusion_loss(network: Network, diffusion: Diffusion, batch: Batch, loss: L
     chain = _full_chain(diffusion.schedule)
     step = np.rint(t * len(chain.times)).astype(np.int64) - 1
     return distance + variational_bound(chain, step, x0, x_t, predicted_x0, output[:, channels:])
+
+
+def by_noise_level(losses: Tensor, t: np.ndarray) -> Tensor:
+    """Of losses (N,) at times t (N,) the mean; then, over N, their sum and number in each eighth of (0, 1]: (17,).
+
+    Sums and numbers of several batches may be averaged, as means of an eighth may not. Nothing waits for the device.
+    """
+    level = np.ceil(t * NOISE_LEVELS).astype(np.int64) - 1
+    member = np.eye(NOISE_LEVELS, dtype=np.float32)[level] / len(t)  # (N, 8)
+    share = torch.from_numpy(member).to(losses.device, non_blocking=True)
+    return torch.cat([losses.mean()[None], losses @ share, share.sum(dim=0)])
 
 
 @cache

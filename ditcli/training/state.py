@@ -17,6 +17,7 @@ from ditcli.models.weights import RAW
 from ditcli.runs import read_model_config, state_file
 from ditcli.training.ema import average_of
 from ditcli.training.finetune import Source, carry_over, choose_trainable, unfrozen
+from ditcli.training.metrics import NOISE_LEVELS
 
 
 @dataclass
@@ -75,7 +76,10 @@ def load_state(
     state.step = read_model_config(checkpoint).step
     try:
         load_optimizer(state.model, state.optimizer, saved)
-        state.seconds, state.losses = saved["seconds"].item(), list(saved["losses"].to(device))
+        state.seconds, losses = saved["seconds"].item(), saved["losses"].to(device)
+        if losses.ndim == 1:  # of version 0.1, which did not tell noise levels apart
+            losses = nn.functional.pad(losses[:, None], (0, 2 * NOISE_LEVELS))
+        state.losses = list(losses)
     except KeyError as error:
         raise CheckpointError(f"{state_file(checkpoint)} lacks {error}: it is not a training state.") from error
     return state

@@ -27,8 +27,8 @@ from ditcli.training.checkpoints import save_checkpoint
 from ditcli.training.ema import ema_decay, update_average
 from ditcli.training.finetune import unfrozen
 from ditcli.training.loop import apply_gradients, learning_rate, run_loop
-from ditcli.training.metrics import Row
-from ditcli.training.objective import diffusion_loss
+from ditcli.training.metrics import NOISE_LEVELS, DiffusionRow, write_metrics
+from ditcli.training.objective import by_noise_level, diffusion_loss
 from ditcli.training.setup import Setup, check_same_settings, prepare, start_or_resume
 from ditcli.training.state import TrainState
 
@@ -82,6 +82,7 @@ def train(config: TrainConfig) -> RunDir:
         save=lambda: _save(setup, state),
         draw=lambda: _draw_grid(setup, state),
         judge=lambda rows: _judge(setup, state, rows, best, score),
+        row_type=DiffusionRow,
     )
     return run
 
@@ -90,28 +91,33 @@ def _step(setup: Setup, state: TrainState, batches: Batches, diffusion: Diffusio
     """One optimiser step: loss and gradient norm. A step whose gradient is not finite changes no weight."""
     config, network = setup.config, state.model
     micro_batches = batches[state.step].split(config.micro_batch or config.batch_size)
-    total = torch.zeros((), device=setup.device)
+    measured = torch.zeros(1 + 2 * NOISE_LEVELS, device=setup.device)
     for batch in micro_batches:
         with torch.autocast(setup.device.type, dtype=torch.bfloat16, enabled=setup.dtype == torch.bfloat16):
             losses = diffusion_loss(network, diffusion, batch, config.loss)
         loss = losses.mean() / len(micro_batches)
         loss.backward()
-        total += loss.detach()
+        measured += by_noise_level(losses.detach(), batch.t) / len(micro_batches)
 
     norm = apply_gradients(state.optimizer, learning_rate(config, state.step), config.clip_grad)
     if torch.isfinite(norm):
         update_average(state.average, network, ema_decay(config.ema_decay, state.step, warmup=config.ema_warmup))
-    state.losses.append(total)
+    state.losses.append(measured)
     state.step += 1
-    return total.item(), norm.item()
+    return measured[0].item(), norm.item()
 
 
-def _judge(setup: Setup, state: TrainState, rows: list[Row], best: BestWeights, score: TrainingScore | None) -> bool:
+def _judge(
+    setup: Setup, state: TrainState, rows: list[DiffusionRow], best: BestWeights, score: TrainingScore | None
+) -> bool:
     """Where it is time, score samples of the averaged weights, or look at the loss; whether they were scored."""
     config, last = setup.config, state.step == setup.config.steps
     if score and (state.step % config.eval_every == 0 or last):
         value = score(as_denoiser(state.average, setup.model, dtype=setup.dtype), numpy_decoder(setup.codec))
         best.judge_score(state.step, value, save=lambda: _save(setup, state))
+        if rows:
+            rows[-1] = replace(rows[-1], score=value)
+            write_metrics(setup.run.metrics_file, rows, DiffusionRow)
         return True
     if not score and (state.step % config.checkpoint_every == 0 or last):
         best.judge_loss(state.step, rows, save=lambda: _save(setup, state))
