@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+import struct
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import pytest
@@ -27,3 +32,24 @@ def ditcli(capture: pytest.CaptureFixture[str], *words: object) -> Done:
         sys.argv = before
     captured = capture.readouterr()
     return Done(stop.value.code or 0, captured.out, captured.err)
+
+
+@contextmanager
+def without_rights() -> Iterator[None]:
+    """This thread obeys the write permissions of files even as root (Linux: without CAP_DAC_OVERRIDE)."""
+    if os.name != "posix" or os.geteuid() != 0:
+        yield
+        return
+    if not sys.platform.startswith("linux"):
+        pytest.skip("root may write anywhere")
+    libc = ctypes.CDLL(None, use_errno=True)
+    header = struct.pack("Ii", 0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this thread
+    before = ctypes.create_string_buffer(24)  # effective, permitted, inheritable; low words, then high words
+    assert libc.capget(header, before) == 0
+    low, *others = struct.unpack("6I", before.raw)
+    override = 1 << 1
+    assert libc.capset(header, struct.pack("6I", low & ~override, *others)) == 0
+    try:
+        yield
+    finally:
+        assert libc.capset(header, before.raw) == 0

@@ -25,6 +25,7 @@ COMMANDS = {
     "pull": ("pull", "Fetch a model or a VAE from the Hub into the cache."),
     "push": ("push", "Share a run on the Hub, with a model card."),
     "info": ("info", "Say what a model is: architecture, size, training, diffusion, codec."),
+    "doctor": ("doctor", "Check this machine: packages, GPUs, runtimes, disk, the Hub, speed."),
     "demo": ("demo", "Train a small DiT on the embedded pictures and draw from it, in a few minutes."),
 }
 

@@ -6,6 +6,7 @@ field, its value and what is allowed.
 """
 
 from ditcli.config.base import Config, Loss, Precision, option, suggest
+from ditcli.config.doctor import DoctorConfig
 from ditcli.config.model import (
     DIT_SIZES,
     Conditioning,
@@ -38,6 +39,7 @@ __all__ = [
     "DecodeConfig",
     "DiTConfig",
     "DiffusionConfig",
+    "DoctorConfig",
     "EncodeConfig",
     "ExportConfig",
     "ExportDtype",
