@@ -71,6 +71,10 @@ def export_onnx(config: ExportConfig) -> Export:
     checkpoint = hub.find_checkpoint(config.model)
     if checkpoint.suffix == ".onnx":
         raise SettingError(f"model is {config.model!r}, which is an ONNX export already: give the run it came from.")
+    if checkpoint == hub.EMBEDDED_MODEL and config.out is None:
+        raise SettingError(
+            "out is left out, but the embedded model has no run folder to write into: give --out FOLDER."
+        )
     network, model = load_dit(checkpoint, ema=config.ema)
     parts = [denoiser_part(network, model)]
     if model.codec != "pixels":

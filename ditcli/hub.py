@@ -27,6 +27,9 @@ WEIGHTS_NAMES = (
     "diffusion_pytorch_model.bin",
 )
 SHARED_MODEL = "model.safetensors"  # what `ditcli push` calls the checkpoint
+# The trained model that comes with the package, and its name. `scripts/train_embedded.sh` makes it.
+EMBEDDED = "demo"
+EMBEDDED_MODEL = Path(__file__).parent / "models" / "demo" / SHARED_MODEL
 LOOSE = (".safetensors", ".pt", ".pth")
 
 # (file names, what to call the folder) -> those needed, the main one first
@@ -61,10 +64,13 @@ def find_checkpoint(name: str | None) -> Path:
     """The file or diffusers folder that a name leads to; None: the newest run's last checkpoint.
 
     A name is a run folder or a run's name in `runs/`, a file, a folder with a model (of `ditcli export-onnx` too, whose
-    `denoiser.onnx` it leads to), or a Hub repository. Raises ModelNotFoundError with what to do.
+    `denoiser.onnx` it leads to), a Hub repository, or `demo`, the embedded model where no run has that name. Raises
+    ModelNotFoundError with what to do.
     """
     if name is None:
         return runs.newest_run().newest_checkpoint()
+    if name == EMBEDDED and not runs.is_run(runs.RUNS / name):
+        return EMBEDDED_MODEL
     for path in (Path(name).expanduser(), runs.RUNS / name):
         if path.is_file():
             return path

@@ -10,6 +10,7 @@ from ditcli.cli.options import Command, config_options, given
 from ditcli.config import SampleConfig
 
 EXAMPLES = """
+ditcli sample --model demo --labels sneaker bag --cfg 3
 ditcli sample --labels male female --cfg 4
 ditcli sample --model runs/celeba-dit-b-2-256 --num 16 --grid --out faces
 ditcli sample --labels sneaker,bag --sampler ddpm --steps 250 --seed 7 --json

@@ -21,7 +21,8 @@ class SampleConfig(Config):
 
     model: str | None = option(
         None,
-        "Run, checkpoint file, folder (also of `ditcli export-onnx`) or Hub repository owner/name.  "
+        "Run, checkpoint file, folder (also of `ditcli export-onnx`), Hub repository owner/name, or demo, the embedded "
+        "model.  "
         "[default: the newest run]",
     )
     adapter: str | None = option(None, "Low-rank adapter to put onto --model: a run, file or Hub repository.")
@@ -63,7 +64,7 @@ class SampleConfig(Config):
     vae: str | None = option(None, "Decode with this VAE instead of the one the model was trained with.")
     device: str = option("auto", "auto, cpu, cuda or cuda:N.")
     precision: Precision = option("fp32", "auto is bf16 where the hardware has it.", choices=Precision)
-    backend: Backend = option("auto", "auto is onnx for a model exported to it.", choices=Backend)
+    backend: Backend = option("auto", "auto is onnx for an exported model and the embedded one.", choices=Backend)
 
     def __post_init__(self) -> None:
         if isinstance(self.batch_size, str) and self.batch_size.isdigit():

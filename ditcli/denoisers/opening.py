@@ -22,11 +22,14 @@ Opened = tuple[Denoiser, Decode, ModelConfig]
 def find_model(name: str | None, backend: Backend = "auto") -> Path:
     """The file that a model's name leads to: a checkpoint, or with the backend `onnx` the export of it.
 
-    Raises ModelNotFoundError where there is none, SettingError for an export where torch was asked for.
+    The embedded model comes with its export, from which a picture is drawn before torch would be imported. Raises
+    ModelNotFoundError where there is none, SettingError for an export where torch was asked for.
     """
     path = hub.find_checkpoint(name)
     if is_export(path) and backend == "torch":
         raise SettingError(f"backend is 'torch', but {path} is an ONNX file: give the run it was exported from.")
+    if path == hub.EMBEDDED_MODEL:
+        return path if backend == "torch" else path.with_name(DENOISER)
     if is_export(path) or backend != "onnx":
         return path
     export = export_folder(path) / DENOISER

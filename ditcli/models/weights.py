@@ -83,4 +83,4 @@ def _build(config: ModelConfig, weights: dict[str, Tensor], *, source: Path) -> 
     if misfit:
         raise CheckpointError(f"{source} is not understood: {misfit}. {UNDERSTOOD}")
     model.load_state_dict(weights, assign=True)
-    return model.eval(), config
+    return model.float().eval(), config
