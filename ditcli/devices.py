@@ -25,6 +25,11 @@ def open_device(name: str) -> torch.device:
     return device
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed: CUDA's error has a type of its own, the CPU's a sentence."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
 def choose_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     """torch.bfloat16 or torch.float32. `auto` is bf16 where the hardware multiplies in it.
 

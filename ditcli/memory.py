@@ -23,6 +23,21 @@ def fitting_batch(denoiser: Denoiser, dit: DiTConfig, *, passes: int) -> int:
     return max(1, min(MOST_AT_ONCE[kind], fitting))
 
 
+def fitting_micro_batch(dit: DiTConfig, batch_size: int, *, device: str, bytes_per_number: int) -> int:
+    """The largest divisor of a training's batch whose activations fit beside the weights, which are on the device."""
+    fitting = int(SHARE_OF_FREE * free_memory(device) / kept_per_image(dit, bytes_per_number))
+    return max(size for size in range(1, batch_size + 1) if batch_size % size == 0 and size <= max(1, fitting))
+
+
+def kept_per_image(dit: DiTConfig, bytes_per_number: int) -> int:
+    """Bytes that an image's forward pass keeps for its backward pass, at 2 bytes per number with autocast.
+
+    Of each block about 12 numbers per token and width, besides the MLP's hidden layer twice.
+    """
+    tokens = math.prod(dit.input_size) // dit.patch_size**2
+    return int(tokens * dit.depth * dit.width * (12 + 2 * dit.mlp_ratio) * bytes_per_number)
+
+
 def free_memory(device: str) -> int:
     """Bytes that nobody uses on `cpu` or a CUDA device."""
     if device == "cpu":

@@ -27,9 +27,10 @@ from ditcli.models.weights import load_dit
 from ditcli.runs import RunDir, state_file
 from ditcli.training.batches import Batches
 from ditcli.training.ema import average_of, ema_decay, update_average
+from ditcli.training.loop import learning_rate
 from ditcli.training.metrics import read_metrics, smooth
 from ditcli.training.objective import diffusion_loss
-from ditcli.training.train import learning_rate, train
+from ditcli.training.train import train
 
 TINY = {
     "data": "fashion-mnist",

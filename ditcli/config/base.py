@@ -82,12 +82,13 @@ class Config:
 
 def check_training(config: Any) -> None:
     """The settings that every training has: its length, batches, optimiser, average and intervals."""
-    config._check_at_least(1, "image_size", "steps", "batch_size", "micro_batch", "num_workers")
+    config._check_at_least(1, "image_size", "steps", "batch_size", "num_workers")
     config._check_at_least(1, "log_every", "checkpoint_every", "sample_num")
     config._check_at_least(0, "seed", "warmup_steps", "weight_decay", "clip_grad", "keep_checkpoints", "sample_every")
     for name in ("ema_decay", "beta1", "beta2"):
         config._check(name, 0 <= getattr(config, name) < 1, "at least 0 and less than 1")
     config._check("lr", config.lr > 0, "positive")
-    if config.micro_batch is not None:
+    if isinstance(config.micro_batch, int):
+        config._check_at_least(1, "micro_batch")
         divides = config.batch_size % config.micro_batch == 0
         config._check("micro_batch", divides, f"a divisor of batch-size {config.batch_size}")

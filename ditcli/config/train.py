@@ -59,7 +59,9 @@ class TrainConfig(Config):
 
     steps: int = option(400_000, "Optimiser steps in all.")
     batch_size: int = option(256, "Images per optimiser step.")
-    micro_batch: int | None = option(None, "Images per forward pass; gradients accumulate.  [default: batch size]")
+    micro_batch: int | str | None = option(
+        None, "Images per forward pass; gradients accumulate. auto is what fits in memory.  [default: batch size]"
+    )
     lr: float = option(1e-4, "Learning rate of AdamW.")
     lr_schedule: Literal["constant", "cosine"] = option(
         "constant", "Learning rate after warm-up.", choices=("constant", "cosine")
@@ -117,6 +119,11 @@ class TrainConfig(Config):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         self._check_types()
+        if isinstance(self.micro_batch, str):
+            if self.micro_batch.isdigit():
+                object.__setattr__(self, "micro_batch", int(self.micro_batch))
+            else:
+                self._check("micro_batch", self.micro_batch == "auto", "auto or a number of images")
         check_training(self)
         self._check_at_least(1, "depth", "width", "num_heads", "patch_size", "sample_steps")
         self._check_at_least(2, "num_timesteps")

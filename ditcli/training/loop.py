@@ -36,7 +36,7 @@ def run_loop(
     run: RunDir,
     state: State,
     *,
-    take_step: Callable[[], tuple[float, float]],
+    take_step: Callable[[], tuple[Tensor, Tensor]],
     save: Callable[[], object],
     draw: Callable[[], object],
     judge: Callable[[list[AnyRow]], bool] = lambda rows: False,
@@ -44,25 +44,31 @@ def run_loop(
 ) -> None:
     """Call `take_step`, which gives loss and gradient norm, until `config.steps`; save and draw at their intervals.
 
+    They are tensors on the device, which is waited for at the intervals alone, or after each step where it is the CPU.
     `judge` sees the rows of metrics after every step and says whether it took time, which is none of training's.
     Raises Interrupted after saving on Ctrl-C or SIGTERM, and DitcliError when gradients stay not finite.
     """
     rows = rewind_metrics(run.metrics_file, state.step, row_type)
-    skipped = 0
+    skipped, norms = 0, list[Tensor]()
     began = time.monotonic() - state.seconds
     interval_began, interval_step = time.monotonic(), state.step
     with _stop_signals() as stop, progress("training", config.steps, start=state.step) as advance:
         while state.step < config.steps:
             loss, norm = take_step()
-            skipped = 0 if math.isfinite(norm) else skipped + 1
-            if skipped > MOST_SKIPS_IN_A_ROW:
-                raise DitcliError(
-                    f"the gradient was not finite {skipped} times in a row at step {state.step:,}: try a lower --lr, "
-                    "--clip-grad 1 or --precision fp32."
-                )
+            norms.append(norm)
+            row_is_due = state.step % config.log_every == 0 or state.step == config.steps
+            if row_is_due or norm.device.type == "cpu":
+                for value in torch.stack(norms).tolist():
+                    skipped = 0 if math.isfinite(value) else skipped + 1
+                    if skipped > MOST_SKIPS_IN_A_ROW:
+                        raise DitcliError(
+                            f"the gradient was not finite {skipped} times in a row up to step {state.step:,}: try a "
+                            "lower --lr, --clip-grad 1 or --precision fp32."
+                        )
+                norms.clear()
             state.seconds = time.monotonic() - began
 
-            if state.step % config.log_every == 0 or state.step == config.steps:
+            if row_is_due:
                 now = time.monotonic()
                 rate = (state.step - interval_step) * config.batch_size / (now - interval_began)
                 interval_began, interval_step = now, state.step
@@ -72,7 +78,7 @@ def run_loop(
                     loss=mean,
                     smoothed=smooth([*(row.loss for row in rows), mean])[-1],
                     lr=learning_rate(config, state.step - 1),
-                    grad_norm=norm,
+                    grad_norm=norm.item(),
                     images_per_second=round(rate, 2),
                     seconds=round(state.seconds, 2),
                     memory_gb=round(used_memory(str(state.losses[0].device)) / 1e9, 3),
@@ -81,8 +87,9 @@ def run_loop(
                 append_metrics(run.metrics_file, row)
                 rows.append(row)
                 state.losses.clear()
-            note = f"loss {loss:.4f}"
-            if rows:
+            if not rows:
+                note = f"loss {loss.item():.4f}"
+            else:
                 note = f"loss {rows[-1].loss:.4f}  lr {rows[-1].lr:.2g}  {rows[-1].images_per_second:.1f} images/s"
             advance(1, note)
 
@@ -114,10 +121,11 @@ def apply_gradients(optimizer: torch.optim.Optimizer, lr: float, clip: float) ->
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if clip:
         torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
-    if torch.isfinite(norm):
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.step()
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    # Where a gradient scaler would put its finding the fused optimiser looks on the device, so that nobody waits.
+    optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
+    optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm
 

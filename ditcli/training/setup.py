@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import platform
 import re
 import sys
@@ -23,6 +22,7 @@ from ditcli.data.latents import EncodedDataset, open_latents
 from ditcli.devices import choose_dtype, open_device
 from ditcli.errors import ResumeError
 from ditcli.hub import lasting_codec_name
+from ditcli.memory import kept_per_image
 from ditcli.models.dit import DiT
 from ditcli.progress import say
 from ditcli.runs import RUNS, RunDir
@@ -105,10 +105,8 @@ def describe(setup: Setup) -> dict[str, object]:
         parameters = sum(p.numel() for p in network.parameters())
         choose_trainable(network, config, set())
         trainable = sum(p.numel() for p in unfrozen(network))
-    tokens = math.prod(dit.input_size) // dit.patch_size**2
-    # Kept for the backward pass of a block: about 12 numbers per token and width besides the MLP's hidden layer twice.
-    kept = dit.width * (12 + 2 * dit.mlp_ratio) * (2 if setup.dtype == torch.bfloat16 else 4)
-    activations = (config.micro_batch or config.batch_size) * tokens * dit.depth * kept
+    micro_batch = config.micro_batch if isinstance(config.micro_batch, int) else config.batch_size
+    activations = micro_batch * kept_per_image(dit, setup.dtype.itemsize)
     return {
         "run": str(setup.run.path),
         "images": len(setup.dataset),

@@ -24,13 +24,12 @@ from ditcli.sampling import draw
 from ditcli.training.batches import Batches
 from ditcli.training.best import BestWeights
 from ditcli.training.checkpoints import save_checkpoint
-from ditcli.training.ema import ema_decay, update_average
 from ditcli.training.finetune import unfrozen
-from ditcli.training.loop import apply_gradients, learning_rate, run_loop
-from ditcli.training.metrics import NOISE_LEVELS, DiffusionRow, write_metrics
-from ditcli.training.objective import by_noise_level, diffusion_loss
+from ditcli.training.loop import run_loop
+from ditcli.training.metrics import DiffusionRow, write_metrics
 from ditcli.training.setup import Setup, check_same_settings, prepare, start_or_resume
 from ditcli.training.state import TrainState
+from ditcli.training.step import Steps
 
 if TYPE_CHECKING:
     from ditcli.evaluation.during_training import TrainingScore
@@ -78,33 +77,13 @@ def train(config: TrainConfig) -> RunDir:
         config,
         run,
         state,
-        take_step=lambda: _step(setup, state, batches, diffusion),
+        take_step=Steps(setup, state, batches, diffusion).take,
         save=lambda: _save(setup, state),
         draw=lambda: _draw_grid(setup, state),
         judge=lambda rows: _judge(setup, state, rows, best, score),
         row_type=DiffusionRow,
     )
     return run
-
-
-def _step(setup: Setup, state: TrainState, batches: Batches, diffusion: Diffusion) -> tuple[float, float]:
-    """One optimiser step: loss and gradient norm. A step whose gradient is not finite changes no weight."""
-    config, network = setup.config, state.model
-    micro_batches = batches[state.step].split(config.micro_batch or config.batch_size)
-    measured = torch.zeros(1 + 2 * NOISE_LEVELS, device=setup.device)
-    for batch in micro_batches:
-        with torch.autocast(setup.device.type, dtype=torch.bfloat16, enabled=setup.dtype == torch.bfloat16):
-            losses = diffusion_loss(network, diffusion, batch, config.loss)
-        loss = losses.mean() / len(micro_batches)
-        loss.backward()
-        measured += by_noise_level(losses.detach(), batch.t) / len(micro_batches)
-
-    norm = apply_gradients(state.optimizer, learning_rate(config, state.step), config.clip_grad)
-    if torch.isfinite(norm):
-        update_average(state.average, network, ema_decay(config.ema_decay, state.step, warmup=config.ema_warmup))
-    state.losses.append(measured)
-    state.step += 1
-    return measured[0].item(), norm.item()
 
 
 def _judge(

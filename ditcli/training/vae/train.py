@@ -164,7 +164,7 @@ class VaeTraining:
         images[flipped] = images[flipped, ..., ::-1]
         return torch.from_numpy(images).to(self.device)
 
-    def take_step(self) -> tuple[float, float]:
+    def take_step(self) -> tuple[Tensor, Tensor]:
         """One optimiser step of both networks: loss and the autoencoder's gradient norm."""
         config, state = self.config, self.state
         images = normalise(self.images(state.step)).contiguous(memory_format=torch.channels_last)
@@ -192,12 +192,11 @@ class VaeTraining:
         norm = apply_gradients(state.optimizer, lr, config.clip_grad)
         if judged:
             apply_gradients(state.discriminator_optimizer, lr, config.clip_grad)
-        if torch.isfinite(norm):
-            decay = ema_decay(config.ema_decay, state.step, warmup=config.ema_warmup)
-            update_average(state.average, state.model, decay)
+        decay = ema_decay(config.ema_decay, state.step, warmup=config.ema_warmup)
+        update_average(state.average, state.model, decay)
         state.losses.append(losses)
         state.step += 1
-        return losses[0].item(), norm.item()
+        return losses[0], norm
 
     def save(self) -> None:
         """A checkpoint, then the averaged weights in `vae/`."""

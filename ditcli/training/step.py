@@ -1,0 +1,91 @@
+"""One optimiser step: as fast as the device allows, and in parts where the whole batch does not fit."""
+
+from __future__ import annotations
+
+import gc
+
+import torch
+from torch import Tensor
+
+from ditcli.devices import is_out_of_memory
+from ditcli.diffusion.process import Diffusion
+from ditcli.errors import DitcliError
+from ditcli.memory import fitting_micro_batch
+from ditcli.progress import say
+from ditcli.training.batches import Batches
+from ditcli.training.ema import ema_decay, update_average
+from ditcli.training.loop import apply_gradients, learning_rate
+from ditcli.training.metrics import NOISE_LEVELS
+from ditcli.training.objective import by_noise_level, diffusion_loss
+from ditcli.training.setup import Setup
+from ditcli.training.state import TrainState
+
+
+class Steps:
+    """The optimiser steps of a run; `micro_batch` images go through the network at a time."""
+
+    def __init__(self, setup: Setup, state: TrainState, batches: Batches, diffusion: Diffusion):
+        self.setup, self.state, self.batches, self.diffusion = setup, state, batches, diffusion
+        config = setup.config
+        if config.micro_batch == "auto":
+            self.micro_batch = fitting_micro_batch(
+                setup.model.dit, config.batch_size, device=str(setup.device), bytes_per_number=setup.dtype.itemsize
+            )
+            if self.micro_batch < config.batch_size:
+                say(f"Micro-batches of {self.micro_batch} images fit into memory.")
+        else:
+            self.micro_batch = int(config.micro_batch or config.batch_size)
+
+    def take(self) -> tuple[Tensor, Tensor]:
+        """Loss and gradient norm, on the device: nothing here waits for it.
+
+        A step whose gradient is not finite changes no weight; the average takes in the same weights once more.
+        """
+        config, state = self.setup.config, self.state
+        measured = self._backward()
+        norm = apply_gradients(state.optimizer, learning_rate(config, state.step), config.clip_grad)
+        update_average(state.average, state.model, ema_decay(config.ema_decay, state.step, warmup=config.ema_warmup))
+        state.losses.append(measured)
+        state.step += 1
+        return measured[0], norm
+
+    def _backward(self) -> Tensor:
+        """Gradients, and what is measured of the loss, (17,). Out of memory it begins anew with smaller parts."""
+        while True:
+            try:
+                return self._accumulate()
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+            # Here and not in the except clause, whose traceback holds what is to be freed.
+            self._halve()
+
+    def _accumulate(self) -> Tensor:
+        config, state, device = self.setup.config, self.state, self.setup.device
+        micro_batches = self.batches[state.step].split(self.micro_batch)
+        measured = torch.zeros(1 + 2 * NOISE_LEVELS, device=device)
+        for batch in micro_batches:
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.setup.dtype == torch.bfloat16):
+                losses = diffusion_loss(state.model, self.diffusion, batch, config.loss)
+            loss = losses.mean() / len(micro_batches)
+            loss.backward()
+            measured += by_noise_level(losses.detach(), batch.t) / len(micro_batches)
+        return measured
+
+    def _halve(self) -> None:
+        if self.micro_batch == 1:
+            raise DitcliError(
+                "out of memory with one image at a time: try --checkpoint-activations, a smaller --model or another "
+                "--device."
+            )
+        former, self.micro_batch = self.micro_batch, next_micro_batch(self.setup.config.batch_size, self.micro_batch)
+        say(f"Out of memory with {former} images at a time: going on with {self.micro_batch}.")
+        self.state.optimizer.zero_grad(set_to_none=True)
+        gc.collect()
+        if self.setup.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def next_micro_batch(batch_size: int, micro_batch: int) -> int:
+    """The largest divisor of the batch size that is at most half of the micro-batch."""
+    return max(size for size in range(1, micro_batch // 2 + 1) if batch_size % size == 0)
