@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ditcli.codecs.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from ditcli.codecs.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig, Upsample
 from ditcli.codecs.autoencoder_tiny import AutoencoderTiny, AutoencoderTinyConfig
 from ditcli.codecs.codec import Autoencoder, AutoencoderCodec, Codec
 from ditcli.codecs.folder import WEIGHTS, open_codec, read_autoencoder, save_codec
@@ -203,6 +204,13 @@ def test_autoencoder_tiny_equals_diffusers(diffusers, tmp_path: Path):
 
 
 # Laws
+
+
+def test_doubling_the_sides_is_a_nearest_resize_and_a_convolution():
+    torch.manual_seed(0)
+    upsample, images = Upsample(8).double(), torch.randn(2, 8, 5, 7).double()
+    expected = upsample.conv(F.interpolate(images, scale_factor=2, mode="nearest"))
+    assert (upsample(images) - expected).abs().max() < 1e-13
 
 
 def test_pixels_lose_nothing():

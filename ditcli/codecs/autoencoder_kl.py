@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Self
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -121,14 +122,33 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles the sides."""
+    """Doubles the sides: each pixel becomes 2 x 2, then a 3 x 3 convolution.
+
+    Of the three rows (columns) under the kernel two are copies of one, so that each of the four places of a doubled
+    pixel is a 2 x 2 convolution of the small picture with sums of the weights: 4/9 of the products.
+    """
 
     def __init__(self, width: int):
         super().__init__()
         self.conv = nn.Conv2d(width, width, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))  # (N, D, 2h, 2w)
+        height, width = x.shape[2:]
+        x = F.pad(x, (1, 1, 1, 1))
+        rows = []
+        for i, of_rows in enumerate(_halves(self.conv.weight, dim=2)):
+            places = [
+                F.conv2d(x[:, :, i : i + height + 1, j : j + width + 1], weight, self.conv.bias).permute(0, 2, 3, 1)
+                for j, weight in enumerate(_halves(of_rows, dim=3))
+            ]  # (N, h, w, D) each
+            rows.append(torch.stack(places, dim=3))  # (N, h, w, 2, D)
+        return torch.stack(rows, dim=2).flatten(1, 2).flatten(2, 3).permute(0, 3, 1, 2)  # (N, D, 2h, 2w)
+
+
+def _halves(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """The two kernels of length 2 that a kernel of length 3 is to the first and to the second of a pixel's copies."""
+    before, middle, after = weight.split(1, dim)
+    return torch.cat([before, middle + after], dim), torch.cat([before + middle, after], dim)
 
 
 class DownBlock(nn.Module):
