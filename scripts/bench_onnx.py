@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -110,7 +111,7 @@ def session_options(folder: Path, run: RunDir) -> dict[str, OnnxDenoiser]:
         options.intra_op_num_threads = num_threads()
         change(options)
         session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        return OnnxDenoiser(session, denoiser.diffusion, denoiser.input_shape, denoiser.class_names)
+        return replace(denoiser, session=session)
 
     level = ort.GraphOptimizationLevel
     return {

@@ -16,6 +16,7 @@ weights. Candidates take turns, so that what else the machine does hits all alik
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics
 import sys
 import tempfile
@@ -34,7 +35,7 @@ from ditcli.codecs.codec import numpy_decoder
 from ditcli.codecs.named import open_named_codec
 from ditcli.config import ModelConfig, TrainConfig
 from ditcli.denoisers.forecast import cache_blocks
-from ditcli.denoisers.torch_denoiser import as_denoiser, open_denoiser
+from ditcli.denoisers.torch_denoiser import as_denoiser, cast_products, open_denoiser
 from ditcli.diffusion.denoiser import Denoiser
 from ditcli.diffusion.guidance import guide
 from ditcli.diffusion.samplers import time_grid
@@ -152,14 +153,19 @@ def bench_backends(args: argparse.Namespace) -> None:
     decode = numpy_decoder(open_named_codec(args.vae, device=CPU))
     labels = list(range(args.num))
 
-    def ours(denoiser: Denoiser) -> Callable[[], np.ndarray]:
+    def ours(denoiser: Denoiser, decode: Decode = decode) -> Callable[[], np.ndarray]:
         return lambda: images(denoiser, decode, "ddim", args.steps[-1], labels=labels, cfg=4.0, batch=args.num)
 
     fp32 = as_denoiser(network, model, dtype=torch.float32)
+    narrow = copy.deepcopy(network)
+    cast_products(narrow)
+    bf16 = as_denoiser(narrow, model, dtype=torch.bfloat16)
+    decode_bf16 = numpy_decoder(open_named_codec(args.vae, device=CPU, dtype=torch.bfloat16))
     candidates = {
         "torch fp32": ours(fp32),
         "torch fp32, compiled": ours(replace(fp32, module=torch.compile(network, dynamic=False))),
-        "torch bf16": ours(replace(fp32, dtype=torch.bfloat16)),
+        "torch bf16": ours(bf16, decode_bf16),
+        "torch bf16, compiled": ours(replace(bf16, module=torch.compile(narrow, dynamic=False)), decode_bf16),
     }
     with tempfile.TemporaryDirectory() as folder:
         candidates |= onnx_candidates(Path(folder), network, model, ours)

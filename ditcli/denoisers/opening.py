@@ -78,7 +78,6 @@ def encode_picture(pixels: np.ndarray, codec_name: str, device: str) -> np.ndarr
 
 def _open_torch(checkpoint: Path, config: SampleConfig) -> Opened:
     _need_torch(str(checkpoint), ", or run `ditcli export-onnx` where it is and give --model the folder that it writes")
-    import torch
 
     from ditcli.codecs.codec import numpy_decoder
     from ditcli.codecs.named import open_named_codec
@@ -89,7 +88,7 @@ def _open_torch(checkpoint: Path, config: SampleConfig) -> Opened:
     dtype = choose_dtype(config.precision, device)
     adapter = hub.find_checkpoint(config.adapter) if config.adapter and config.model else None
     denoiser, model = open_denoiser(checkpoint, ema=config.ema, adapter=adapter, device=device, dtype=dtype)
-    codec = open_named_codec(config.vae or model.codec, device=device, dtype=torch.float32)
+    codec = open_named_codec(config.vae or model.codec, device=device, dtype=dtype)
     shape = codec.latent_shape(model.image_size, model.image_size)
     if shape != denoiser.input_shape:
         raise SettingError(f"vae {codec.name} has latents of {shape}, but the model's are {denoiser.input_shape}.")

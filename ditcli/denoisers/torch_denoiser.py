@@ -52,7 +52,16 @@ def open_denoiser(
 ) -> tuple[TorchDenoiser, ModelConfig]:
     """The denoiser of a checkpoint, and what the checkpoint says of itself."""
     model, config = load_dit(checkpoint, ema=ema, adapter=adapter)
+    if dtype == torch.bfloat16:
+        cast_products(model)
     return as_denoiser(model.to(device), config, dtype=dtype), config
+
+
+def cast_products(module: nn.Module) -> None:
+    """Cast to bf16, once and in place, the weights that autocast would cast at every call: the result is the same."""
+    for part in module.modules():
+        if isinstance(part, (nn.Linear, nn.Conv2d)):
+            part.to(torch.bfloat16)
 
 
 def as_denoiser(module: nn.Module, config: ModelConfig, *, dtype: torch.dtype) -> TorchDenoiser:
