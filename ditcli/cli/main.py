@@ -26,7 +26,35 @@ COMMANDS = {
     "push": ("push", "Share a run on the Hub, with a model card."),
     "info": ("info", "Say what a model is: architecture, size, training, diffusion, codec."),
     "doctor": ("doctor", "Check this machine: packages, GPUs, runtimes, disk, the Hub, speed."),
+    "completion": ("completion", "Print the script with which Tab completes in bash, zsh or fish."),
     "demo": ("demo", "Train a small DiT on the embedded pictures and draw from it, in a few minutes."),
+}
+
+
+EPILOG = {
+    "Examples": [
+        ("ditcli demo", "a model of clothes and a picture from it, in three minutes"),
+        ("ditcli train --data ./photos", "train on a folder; the same command resumes"),
+        ("ditcli sample --labels cat dog --cfg 4", "draw from the newest run"),
+        ("ditcli doctor", "see what this machine can do"),
+    ],
+    "Environment": [
+        (
+            "DITCLI_COMMAND_OPTION",
+            "any option, as in DITCLI_TRAIN_LR=2e-4; the command line comes first",
+        ),
+        ("DITCLI_CACHE", "folder of latents and features  [default: ~/.cache/ditcli]"),
+        ("DITCLI_DEBUG", "1 shows where an error came from"),
+        ("OMP_NUM_THREADS", "threads on a CPU  [default: one for each core]"),
+        ("NO_COLOR", "any value: no colours on the terminal"),
+        ("HF_HOME, HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE", "as the Hub's client reads them"),
+    ],
+    "Exit codes": [
+        ("0", "done; the results are on stdout, all else on stderr"),
+        ("1", "failed, and why in one sentence"),
+        ("2", "used wrongly: an unknown option or a value out of range; nothing was done"),
+        ("130", "interrupted by Ctrl-C; the sentence says how to go on"),
+    ],
 }
 
 
@@ -45,10 +73,15 @@ class Commands(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
 
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        for title, rows in EPILOG.items():
+            with formatter.section(title):
+                formatter.write_dl(rows)
+
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+        if args and args[0] not in COMMANDS and not args[0].startswith("-") and not ctx.resilient_parsing:
             ctx.fail(f"there is no command {args[0]!r}.{suggest(args[0], list(COMMANDS))}")
         return super().resolve_command(ctx, args)
 
@@ -64,6 +97,8 @@ def cli() -> None:
 
 def run() -> None:
     """Entry point. Exit codes: 0 done, 1 failed, 2 used wrongly, 130 interrupted. DITCLI_DEBUG=1 shows tracebacks."""
+    if "_DITCLI_COMPLETE" in os.environ:  # a shell asks what Tab may offer
+        importlib.import_module("ditcli.cli.complete").register()
     try:
         sys.exit(cli.main(standalone_mode=False, prog_name="ditcli", auto_envvar_prefix="DITCLI"))
     except click.exceptions.Exit as error:

@@ -8,7 +8,7 @@ import platform
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -17,14 +17,29 @@ from ditcli.config import Config, suggest
 from ditcli.errors import SettingError
 from ditcli.progress import say_more, set_verbosity
 
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 AnyConfig = TypeVar("AnyConfig", bound=Config)
-VERBOSITY = "ditcli.verbosity"
+VERBOSITY, UNFINISHED = "ditcli.verbosity", "ditcli.unfinished"
 SOURCES = {
     click.core.ParameterSource.COMMANDLINE: "command line",
     click.core.ParameterSource.ENVIRONMENT: "environment",
 }
 TYPES = {"int": click.INT, "float": click.FLOAT, "str": click.STRING, "int | str": click.STRING}
+
+
+class Words(click.types.StringParamType):
+    """Text that Tab completes by what it is for."""
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        from ditcli.cli.complete import complete_words
+
+        return complete_words(ctx, param, incomplete)
+
+
+WORDS = Words()
 
 
 class Command(click.Command):
@@ -35,6 +50,9 @@ class Command(click.Command):
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
+        for param in self.params:
+            if param.type is click.STRING:
+                param.type = WORDS
         quiet, verbose = "Tell nothing but errors and results.", "Tell more: settings, times, and the causes of errors."
         for letter, name, help in (("q", "quiet", quiet), ("v", "verbose", verbose)):
             names = [f"-{letter}", f"--{name}"]
@@ -42,9 +60,8 @@ class Command(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         set_verbosity(ctx.meta.get(VERBOSITY, "normal"))
-        say_more(
-            f"ditcli {ditcli.__version__}, Python {platform.python_version()}, {platform.platform()}, {os.getcwd()}"
-        )
+        say_more(f"ditcli {ditcli.__version__}, Python {platform.python_version()}, {platform.platform()}")
+        say_more(f"in {os.getcwd()}")
         for name, value in ctx.params.items():
             source = ctx.get_parameter_source(name)
             if value not in (None, ()) and source in SOURCES:
@@ -66,10 +83,19 @@ class Command(click.Command):
                 spread += [] if current else [word]
             else:
                 spread += [current, word] if current else [word]
+        if ctx.resilient_parsing:  # Tab was pressed
+            ctx.meta[UNFINISHED] = next((param for param in self.params if current in param.opts), None)
         for name in many.intersection(args):
-            if name not in spread:
+            if name not in spread and not ctx.resilient_parsing:
                 raise click.BadOptionUsage(name, f"Option {name!r} requires at least one value.", ctx)
         return super().parse_args(ctx, spread)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Options, or a further value of the last one where that takes many."""
+        unfinished = ctx.meta.get(UNFINISHED)
+        if unfinished and not incomplete.startswith("-"):
+            return unfinished.shell_complete(ctx, incomplete)
+        return super().shell_complete(ctx, incomplete)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The examples, as they were written."""
