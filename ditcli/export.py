@@ -112,8 +112,10 @@ def denoiser_part(network: DiT, model: ModelConfig) -> Part:
             "labels": torch.randint(0, model.dit.num_classes + 1, (shape[0],), generator=generator),
         }
 
-    shape = (2, model.dit.in_channels, *model.dit.input_size)
-    return Part(DENOISER, network, inputs, "output", shape, model.dit.patch_size, half=True)
+    # Tracing takes an axis of one token for a constant.
+    height, width = (max(side, 2 * model.dit.stride) for side in model.dit.input_size)
+    shape = (2, model.dit.in_channels, height, width)
+    return Part(DENOISER, network, inputs, "output", shape, model.dit.stride, half=True)
 
 
 def decoder_part(autoencoder: Autoencoder, model: ModelConfig) -> Part:

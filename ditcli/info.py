@@ -10,7 +10,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ditcli import hub, runs
-from ditcli.config import DIT_SIZES, DiTConfig
+from ditcli.config import CONV_DIT, DIT_SIZES, DiTConfig
+from ditcli.models.conv import make_network
 from ditcli.models.dit import DiT
 from ditcli.models.weights import read_model
 
@@ -22,7 +23,7 @@ def describe(name: str | None) -> dict[str, Any]:
     about = read_about(path)
     dit, diffusion = config.dit, config.diffusion
     with torch.device("meta"):
-        network = DiT(dit)
+        network = make_network(dit)
     return {
         "model": hub.portable_name(path),
         "kind": _kind(path, adapter=config.lora_rank > 0),
@@ -61,7 +62,9 @@ def count_flops(network: DiT) -> int:
 
 
 def size_name(dit: DiTConfig) -> str | None:
-    """`DiT-XL/2`, or None for a shape that the paper does not name."""
+    """`DiT-XL/2`, `conv-dit`, or None for a shape that has no name."""
+    if dit.conv_widths:
+        return CONV_DIT
     shape = dit.depth, dit.width, dit.num_heads
     return next((f"DiT-{size}/{dit.patch_size}" for size, named in DIT_SIZES.items() if named == shape), None)
 
@@ -70,7 +73,7 @@ def to_text(facts: Mapping[str, Any]) -> str:
     """A line for each fact."""
     lines = []
     for name, value in facts.items():
-        if value is None or value == [] or name == "num_classes":
+        if value in (None, [], ()) or name == "num_classes":
             continue
         if name == "classes":
             value = f"{len(value):,}: " + ", ".join(value[:8]) + (" ..." if len(value) > 8 else "")

@@ -162,7 +162,7 @@ def test_flag_before_environment_before_file_before_preset_before_default(ditcli
         (["train", "--data", "nowhere"], 1, "nowhere"),
         (["train", *TINY, "--lr", "-1"], 2, "lr is -1.0, but must be positive"),
         (["train", *TINY, "--model", "DiT-M/2"], 2, "DiT-B/2"),
-        (["train", *TINY, "--image-size", "30"], 2, "multiples of the patch size 4"),
+        (["train", *TINY, "--image-size", "30"], 2, "a multiple of 4, the patch size"),
         (["train", *TINY, "--vae", "some/where"], 2, "exclude each other"),
         (["train", *TINY, "--out", "a-file/run"], 1, "Not a directory"),
         (["train", *TINY, "--sample-steps", "2000"], 2, "num-timesteps"),

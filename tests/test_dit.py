@@ -14,6 +14,7 @@ from ditcli.denoisers.torch_denoiser import TorchDenoiser
 from ditcli.diffusion.guidance import guide
 from ditcli.diffusion.process import Diffusion
 from ditcli.models import dit
+from ditcli.models.conv import make_network
 
 TINY = DiTConfig(
     input_size=(8, 8), in_channels=3, out_channels=3, patch_size=2, width=32, depth=2, num_heads=2, num_classes=5
@@ -24,7 +25,7 @@ CONDITIONINGS = get_args(Conditioning)
 def random_dit(config: DiTConfig, seed: int = 0) -> dit.DiT:
     """A network none of whose layers is zero."""
     torch.manual_seed(seed)
-    model = dit.DiT(config)
+    model = make_network(config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.05 * torch.randn_like(parameter)

@@ -8,6 +8,8 @@ field, its value and what is allowed.
 from ditcli.config.base import Config, Loss, Precision, option, suggest
 from ditcli.config.doctor import DoctorConfig
 from ditcli.config.model import (
+    CONV_DIT,
+    CONV_WIDTHS,
     DIT_SIZES,
     Conditioning,
     DiffusionConfig,
@@ -25,6 +27,8 @@ from ditcli.config.train import DEFAULT_VAE, DEMO, PRESETS, TrainConfig
 from ditcli.config.vae import TILE, VAE_PRESETS, DecodeConfig, EncodeConfig, TrainVaeConfig, VaeConfig, VaeKind
 
 __all__ = [
+    "CONV_DIT",
+    "CONV_WIDTHS",
     "DEFAULT_VAE",
     "DEMO",
     "DIT_SIZES",

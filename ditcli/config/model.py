@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Any, Literal, Self, get_args
@@ -17,11 +18,16 @@ Spacing = Literal["uniform", "quadratic", "karras", "leading", "trailing"]
 
 # Paper table 1: depth, width, heads.
 DIT_SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
+# Around a DiT-S/2: 3 x 256 x 256 pixels reach it as 4 x 32 x 32.
+CONV_DIT, CONV_WIDTHS = "conv-dit", (64, 128, 4)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DiTConfig(Config):
     """The shape of a Diffusion Transformer; `input_size` is the (height, width) of its input.
+
+    `conv_widths` are the channels of the strided convolutions around it, each of which halves height and width; none
+    of them is a plain DiT.
 
     The last two are conventions in which published weights differ; their defaults are the reference DiT's. Frequency i
     of the 128 of the time embedding is 10000^(-i / frequency_divisor), and diffusers divides by 127. `mlp_norm_eps` is
@@ -38,6 +44,7 @@ class DiTConfig(Config):
     mlp_ratio: float = 4.0
     num_classes: int = 1000
     conditioning: Conditioning = "adaln-zero"
+    conv_widths: tuple[int, ...] = ()
     frequency_divisor: int = 128
     mlp_norm_eps: float = 1e-6
 
@@ -51,21 +58,41 @@ class DiTConfig(Config):
         self._check("width", self.width % 4 == 0, "a multiple of 4 (2-D sin-cos positions)")
         self._check("num_heads", self.width % self.num_heads == 0, f"a divisor of width {self.width}")
         self._check("mlp_ratio", self.mlp_ratio > 0, "positive")
-        fits = len(self.input_size) == 2 and all(n > 0 and n % self.patch_size == 0 for n in self.input_size)
-        self._check("input_size", fits, f"two multiples of the patch size {self.patch_size}")
+        self._check("conv_widths", all(type(n) is int and n > 0 for n in self.conv_widths), "positive whole numbers")
+        fits = len(self.input_size) == 2 and all(n > 0 and n % self.stride == 0 for n in self.input_size)
+        doubled = ", doubled by each of conv-widths" if self.conv_widths else ""
+        self._check("input_size", fits, f"two multiples of {self.stride}, the patch size{doubled}")
+
+    @property
+    def stride(self) -> int:
+        """Pixels of the input from one token to the next; heights and widths are multiples of it."""
+        return self.patch_size * 2 ** len(self.conv_widths)
+
+    @property
+    def num_tokens(self) -> int:
+        """Patches of an input of `input_size`."""
+        return math.prod(self.input_size) // self.stride**2
+
+    @property
+    def conv_numbers(self) -> int:
+        """Numbers in a feature map of each stage of the convolutions, 0 without them."""
+        widths = [*self.conv_widths[:1], *self.conv_widths[:-1]]
+        return sum(width * math.prod(self.input_size) // 4**i for i, width in enumerate(widths))
 
 
-def parse_model_name(name: str) -> dict[str, int]:
-    """`"DiT-B/2"` -> its depth, width, heads and patch size (paper table 1)."""
+def parse_model_name(name: str) -> dict[str, Any]:
+    """`"DiT-B/2"` -> its depth, width, heads and patch size (paper table 1), and the widths of convolutions around."""
+    if name.lower() == CONV_DIT:
+        return parse_model_name("DiT-S/2") | {"conv_widths": CONV_WIDTHS}
     match = re.fullmatch(r"DiT-(S|B|L|XL)/(\d+)", name, flags=re.IGNORECASE)
-    names = [f"DiT-{size}/{patch}" for size in DIT_SIZES for patch in (2, 4, 8)]
+    names = [CONV_DIT, *(f"DiT-{size}/{patch}" for size in DIT_SIZES for patch in (2, 4, 8))]
     if not match:
         hint = suggest(name, names)
         raise SettingError(
-            f"model is {name!r}, but must be DiT-S, -B, -L or -XL with a patch size, as in DiT-B/2.{hint}"
+            f"model is {name!r}, but must be DiT-S, -B, -L or -XL with a patch size, as in DiT-B/2, or conv-dit.{hint}"
         )
     depth, width, num_heads = DIT_SIZES[match[1].upper()]
-    return {"depth": depth, "width": width, "num_heads": num_heads, "patch_size": int(match[2])}
+    return {"depth": depth, "width": width, "num_heads": num_heads, "patch_size": int(match[2]), "conv_widths": ()}
 
 
 @dataclass(frozen=True, kw_only=True)

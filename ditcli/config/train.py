@@ -7,7 +7,15 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from ditcli.config.base import Config, Loss, Precision, check_training, option
-from ditcli.config.model import Conditioning, DiffusionConfig, DiTConfig, Prediction, ScheduleName, parse_model_name
+from ditcli.config.model import (
+    CONV_DIT,
+    Conditioning,
+    DiffusionConfig,
+    DiTConfig,
+    Prediction,
+    ScheduleName,
+    parse_model_name,
+)
 from ditcli.config.score import NETWORKS
 from ditcli.errors import SettingError
 
@@ -35,12 +43,17 @@ class TrainConfig(Config):
     lora_rank: int = option(0, "With --from: train low-rank adapters of this rank alone.")
 
     model: str = option(
-        None, "Named size: DiT-S, -B, -L or -XL with the patch size behind the slash.  [default: DiT-B/2]"
+        None,
+        "Named size: DiT-S, -B, -L or -XL with the patch size behind the slash; or conv-dit, which needs no VAE.  "
+        "[default: DiT-B/2; with --pixels the patch that gives at most 256 of them]",
     )
     depth: int | None = option(None, "Number of blocks.  [default: the named size's]")
     width: int | None = option(None, "Width of the tokens.  [default: the named size's]")
     num_heads: int | None = option(None, "Attention heads.  [default: the named size's]")
     patch_size: int | None = option(None, "Side of a patch.  [default: the named size's]")
+    conv_widths: tuple[int, ...] | None = option(
+        None, "conv-dit: channels of the convolutions, each of which halves the size.  [default: 64 128 4]"
+    )
     mlp_ratio: float = option(None, "Hidden width of the MLP over the width of the tokens.  [default: 4]")
     conditioning: Conditioning = option(
         None, "How blocks see time and label.  [default: adaln-zero]", choices=Conditioning
@@ -52,7 +65,8 @@ class TrainConfig(Config):
         None, "What the network predicts.  [default: flow for --schedule flow, else eps]", choices=Prediction
     )
     learn_sigma: bool | None = option(
-        None, "Learn the variance of the reverse process too.  [default: with --prediction eps and --loss mse]"
+        None,
+        "Learn the variance of the reverse process too.  [default: with --prediction eps and --loss mse, for a DiT]",
     )
     loss: Loss = option("mse", "Distance between prediction and target.", choices=Loss)
     label_dropout: float = option(0.1, "Chance that a label is replaced by the null class, for guidance.")
@@ -107,7 +121,6 @@ class TrainConfig(Config):
     # Left open they are None until the source of a fine-tuning has settled them; without one these are the defaults.
     LEFT_TO_SOURCE: ClassVar[dict[str, Any]] = {
         "image_size": 256,
-        "model": "DiT-B/2",
         "mlp_ratio": 4.0,
         "conditioning": "adaln-zero",
         "schedule": "linear",
@@ -147,17 +160,34 @@ class TrainConfig(Config):
             return  # what follows is the source's
         for name in ("freeze", "lora_rank"):
             self._check(name, not getattr(self, name), "left out without --from, which names the model to fine-tune")
-        if self.model_shape()["patch_size"] > self.image_size:
+        if self.model is None:
+            object.__setattr__(self, "model", f"DiT-B/{fitting_patch(self.image_size) if self.pixels else 2}")
+        shape = self.model_shape()
+        if shape["patch_size"] > self.image_size:
             raise SettingError(f"image-size is {self.image_size}, smaller than a patch.")
+        if self.is_conv:
+            self._check("vae", self.vae is None, "left out with --model conv-dit, which works on pixels")
+            object.__setattr__(self, "pixels", True)
+        else:
+            self._check("conv_widths", not self.conv_widths, "left out but with --model conv-dit")
+        if self.pixels:
+            stride = shape["patch_size"] * 2 ** len(shape["conv_widths"])
+            doubled = ", doubled by each of conv-widths" if self.is_conv else ""
+            self._check("image_size", self.image_size % stride == 0, f"a multiple of {stride}, the patch size{doubled}")
         self.diffusion()
+
+    @property
+    def is_conv(self) -> bool:
+        """Whether convolutions take the place of the VAE."""
+        return self.model is not None and self.model.lower() == CONV_DIT
 
     @property
     def codec(self) -> str:
         """The codec's name: `pixels`, or the VAE's."""
         return "pixels" if self.pixels else self.vae or DEFAULT_VAE
 
-    def model_shape(self) -> dict[str, int]:
-        """Depth, width, heads and patch size: the named size's, where no option says otherwise."""
+    def model_shape(self) -> dict[str, Any]:
+        """Depth, width, heads, patch size and `conv_widths`: the named size's, where no option says otherwise."""
         shape = parse_model_name(self.model)
         return {key: getattr(self, key) or value for key, value in shape.items()}
 
@@ -166,7 +196,7 @@ class TrainConfig(Config):
         prediction = self.prediction or ("flow" if self.schedule == "flow" else "eps")
         learn_sigma = self.learn_sigma
         if learn_sigma is None:
-            learn_sigma = self.schedule != "flow" and prediction == "eps" and self.loss == "mse"
+            learn_sigma = self.schedule != "flow" and prediction == "eps" and self.loss == "mse" and not self.is_conv
         return DiffusionConfig(
             schedule=self.schedule, num_timesteps=self.num_timesteps, prediction=prediction, learn_sigma=learn_sigma
         )
@@ -183,6 +213,12 @@ class TrainConfig(Config):
             conditioning=self.conditioning,
             **self.model_shape(),
         )
+
+
+def fitting_patch(image_size: int) -> int:
+    """The smallest patch that makes at most 256 tokens of a picture, as many as DiT/2 has of latents at 256 pixels."""
+    patches = (patch for patch in (2, 4, 8, 16, 32) if image_size % patch == 0 and image_size // patch <= 16)
+    return next(patches, 2)
 
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -259,7 +259,7 @@ class DiT(nn.Module):
         for block in self.blocks:
             x = block(x, c, tokens)
         x = self.final_layer(x[:, -height * width :], c)  # (N, T, p * p * C)
-        x = x.unflatten(1, (height, width)).unflatten(-1, (p, p, self.config.out_channels))  # (N, H/p, W/p, p, p, C)
+        x = x.unflatten(1, (height, width)).unflatten(-1, (p, p, -1))  # (N, H/p, W/p, p, p, C)
         return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # (N, C, H, W)
 
     def _initialise(self) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from ditcli import hub
 from ditcli.config import ModelConfig
 from ditcli.errors import CheckpointError
+from ditcli.models.conv import make_network
 from ditcli.models.dit import DiT
 from ditcli.models.files import read_tensors
 from ditcli.models.from_diffusers import read_diffusers
@@ -69,7 +70,7 @@ def _adapted(adapter: Path, base: Path | None, *, ema: bool) -> tuple[ModelConfi
 
 def _build(config: ModelConfig, weights: dict[str, Tensor], *, source: Path) -> tuple[DiT, ModelConfig]:
     with torch.device("meta"):  # no time is spent on weights that are replaced
-        model = DiT(config.dit)
+        model = make_network(config.dit)
     expected = model.state_dict()
     misfit = misfits(
         missing=[key for key in expected if key not in weights],

@@ -12,7 +12,7 @@ from torch import nn
 from ditcli import hub, runs
 from ditcli.codecs.codec import Codec
 from ditcli.codecs.named import open_named_codec
-from ditcli.config import DIT_SIZES, DiTConfig, ModelConfig, TrainConfig
+from ditcli.config import CONV_DIT, DIT_SIZES, DiTConfig, ModelConfig, TrainConfig
 from ditcli.errors import SettingError
 from ditcli.models.dit import DiT
 from ditcli.models.lora import DOWN, UP, add_adapters
@@ -48,7 +48,8 @@ def settle(config: TrainConfig, source: Source) -> TrainConfig:
     """The config with the source's settings where it left them open; SettingError where it contradicts them."""
     dit, diffusion = source.model.dit, source.model.diffusion
     theirs: dict[str, Any] = {
-        name: getattr(dit, name) for name in ("depth", "width", "num_heads", "patch_size", "mlp_ratio", "conditioning")
+        name: getattr(dit, name)
+        for name in ("depth", "width", "num_heads", "patch_size", "mlp_ratio", "conditioning", "conv_widths")
     }
     theirs |= {name: getattr(diffusion, name) for name in ("schedule", "num_timesteps", "prediction", "learn_sigma")}
     given = {name: getattr(config, name) for name in theirs} | (config.model_shape() if config.model else {})
@@ -173,5 +174,7 @@ def unfrozen(network: nn.Module) -> list[nn.Parameter]:
 
 def _size_of(dit: DiTConfig) -> str:
     """The named size that comes nearest; depth, width and heads are settled beside it."""
+    if dit.conv_widths:
+        return CONV_DIT
     nearest = min(DIT_SIZES, key=lambda size: abs(DIT_SIZES[size][1] - dit.width))
     return f"DiT-{nearest}/{dit.patch_size}"

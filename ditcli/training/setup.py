@@ -23,7 +23,7 @@ from ditcli.devices import choose_dtype, open_device
 from ditcli.errors import ResumeError
 from ditcli.hub import lasting_codec_name
 from ditcli.memory import kept_per_image
-from ditcli.models.dit import DiT
+from ditcli.models.conv import make_network
 from ditcli.progress import say
 from ditcli.runs import RUNS, RunDir
 from ditcli.training.checkpoints import remove_leftovers
@@ -75,7 +75,7 @@ def prepare(config: TrainConfig) -> Setup:
         check_codec(config, source, codec)
         model = tuned_model(source, config, shape=shape, class_names=names, codec=codec_name)
         with torch.device("meta"):
-            choose_trainable(DiT(model.dit), config, set())  # refuses a pattern before a folder is made
+            choose_trainable(make_network(model.dit), config, set())  # refuses a pattern before a folder is made
     else:
         model = ModelConfig(
             dit=config.dit(input_shape=shape, num_classes=len(names)),
@@ -101,7 +101,7 @@ def describe(setup: Setup) -> dict[str, object]:
     """Sizes of a run, before it starts; memory is an estimate of the weights, the optimiser and the activations."""
     config, dit = setup.config, setup.model.dit
     with torch.device("meta"):
-        network = DiT(dit)
+        network = make_network(dit)
         parameters = sum(p.numel() for p in network.parameters())
         choose_trainable(network, config, set())
         trainable = sum(p.numel() for p in unfrozen(network))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ditcli.config import ModelConfig, TrainConfig, TrainVaeConfig
 from ditcli.errors import CheckpointError
-from ditcli.models.dit import DiT
+from ditcli.models.conv import make_network
 from ditcli.models.files import read_tensors
 from ditcli.models.weights import RAW
 from ditcli.runs import read_model_config, state_file
@@ -55,7 +55,7 @@ def new_state(
     With a source it has that one's weights, as far as they fit.
     """
     torch.manual_seed(config.seed)
-    network = DiT(model.dit)
+    network = make_network(model.dit)
     fresh = carry_over(source, network, model.class_names) if source else set()
     kept = choose_trainable(network, config, fresh)
     network = network.to(device)
