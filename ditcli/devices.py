@@ -2,10 +2,40 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from ditcli.config import Precision
 from ditcli.errors import SettingError
+
+# Dense bf16 operations per second, from the data sheets: the first all of whose words are in the device's name.
+BF16_PEAKS = {
+    "B200": 2.25e15,
+    "H200 NVL": 835e12,
+    "H200": 989e12,
+    "GH200": 989e12,
+    "H100 NVL": 835e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10": 125e12,
+}
+
+
+def bf16_peak(device: torch.device) -> float | None:
+    """Operations per second that the device can do in bf16 at most; None where that is not known."""
+    return bf16_peak_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+def bf16_peak_of(name: str) -> float | None:
+    """The same of a device's name, as in `NVIDIA H100 80GB HBM3`."""
+    words = set(name.replace("-", " ").split())
+    if "MIG" in words:  # a part of a device
+        return None
+    return next((peak for known, peak in BF16_PEAKS.items() if words.issuperset(known.split())), None)
 
 
 def open_device(name: str) -> torch.device:
@@ -42,3 +72,9 @@ def choose_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     else:
         has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if has_bf16 else torch.float32
+
+
+def place(array: np.ndarray, device: torch.device) -> Tensor:
+    """A copy on the device. A GPU's is made through pinned memory: else one waits until the GPU has nothing to do."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

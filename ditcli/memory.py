@@ -21,20 +21,25 @@ def fitting_batch(denoiser: Denoiser, dit: DiTConfig, *, passes: int) -> int:
     return max(1, min(MOST_AT_ONCE[kind], fitting))
 
 
-def fitting_micro_batch(dit: DiTConfig, batch_size: int, *, device: str, bytes_per_number: int) -> int:
+def fitting_micro_batch(
+    dit: DiTConfig, batch_size: int, *, device: str, bytes_per_number: int, checkpointed: bool
+) -> int:
     """The largest divisor of a training's batch whose activations fit beside the weights, which are on the device."""
-    fitting = int(SHARE_OF_FREE * free_memory(device) / kept_per_image(dit, bytes_per_number))
+    kept = kept_per_image(dit, bytes_per_number, checkpointed=checkpointed)
+    fitting = int(SHARE_OF_FREE * free_memory(device) / kept)
     return max(size for size in range(1, batch_size + 1) if batch_size % size == 0 and size <= max(1, fitting))
 
 
-def kept_per_image(dit: DiTConfig, bytes_per_number: int) -> int:
+def kept_per_image(dit: DiTConfig, bytes_per_number: int, *, checkpointed: bool = False) -> int:
     """Bytes that an image's forward pass keeps for its backward pass, at 2 bytes per number with autocast.
 
-    Of each block about 12 numbers per token and width, besides the MLP's hidden layer twice; of a stage of convolutions
+    Per token and width a block keeps 13 numbers and the MLP's hidden layer twice. The four that stay in fp32 are its
+    tokens before attention and before the MLP, each as they are and normalised. Of a stage of convolutions there are
     the skip, and the decoder's map before and after it is merged, each with and without its activation.
     """
-    of_blocks = dit.num_tokens * dit.depth * dit.width * (12 + 2 * dit.mlp_ratio)
-    return int((of_blocks + 6 * dit.conv_numbers) * bytes_per_number)
+    block = (13 + 2 * dit.mlp_ratio) * bytes_per_number + 4 * (4 - bytes_per_number)
+    blocks = 4 * dit.depth + block if checkpointed else dit.depth * block
+    return int(dit.num_tokens * dit.width * blocks + 6 * dit.conv_numbers * bytes_per_number)
 
 
 def free_memory(device: str) -> int:

@@ -93,7 +93,9 @@ def _weights(run: RunDir) -> list[torch.Tensor]:
     return list(load_file(path).values()) + [v for k, v in load_file(state_file(path)).items() if k != "seconds"]
 
 
-def start(out: Path, *, file_size: int = resource.RLIM_INFINITY, **changes) -> subprocess.Popen[str]:
+def start(
+    out: Path, *, file_size: int = resource.RLIM_INFINITY, environment: dict[str, str] | None = None, **changes
+) -> subprocess.Popen[str]:
     options = TINY | {"out": str(out)} | changes
     words = [
         f"--{'' if value is not False else 'no-'}{key.replace('_', '-')}"
@@ -102,7 +104,7 @@ def start(out: Path, *, file_size: int = resource.RLIM_INFINITY, **changes) -> s
     ]
     return subprocess.Popen(
         [sys.executable, "-m", "ditcli", "train", *words],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {}),
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from test_training import run_tiny
+from safetensors.torch import load_file
+from test_training import TINY, assert_same_run, run_tiny, start
 
-from ditcli.config import TrainConfig
+from ditcli.config import DiTConfig, TrainConfig
+from ditcli.devices import bf16_peak, bf16_peak_of
 from ditcli.errors import SettingError
+from ditcli.memory import kept_per_image
+from ditcli.models.dit import DiT
+from ditcli.models.flops import training_flops
+from ditcli.runs import RunDir, state_file
 from ditcli.training.loop import apply_gradients
+from ditcli.training.metrics import read_metrics
+from ditcli.training.state import make_optimizer
 from ditcli.training.step import next_micro_batch
 
 
@@ -54,6 +63,122 @@ def test_micro_batches_divide_the_batch():
     for wrong in ("3", "0", "all"):
         with pytest.raises(SettingError, match="micro-batch"):
             TrainConfig(micro_batch=wrong, batch_size=8)
+
+
+@pytest.mark.parametrize("conditioning", ["adaln-zero", "in-context"])
+def test_checkpointed_activations_change_nothing(tmp_path, conditioning):
+    plain = run_tiny(tmp_path / "plain", steps=4, conditioning=conditioning)
+    again = run_tiny(tmp_path / "again", steps=4, conditioning=conditioning, checkpoint_activations=True)
+    assert_same_run(plain, again)
+
+
+def test_checkpointed_activations_keep_the_inputs_of_blocks_alone():
+    kept = {}
+    for checkpointed in (False, True):
+        network = DiT(WIDE)
+        network.checkpoint_activations = checkpointed
+        kept[checkpointed] = kept_tensors(network)
+    assert kept[True] < 0.25 * kept[False]
+
+
+WIDE = DiTConfig(input_size=(16, 16), patch_size=2, width=128, depth=4, num_heads=2, num_classes=3)
+
+
+def kept_tensors(network: DiT, dtype: torch.dtype = torch.float32, images: int = 4) -> int:
+    """Bytes that a forward pass on the CPU leaves for the backward pass, weights left out."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
+    kept = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    x, t = torch.randn(images, 4, 16, 16), torch.rand(images)
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with hooks, torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        output = network(x, t, torch.zeros(images, dtype=torch.long))
+    assert output.requires_grad
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize(("dtype", "cast_weights"), [(torch.float32, 0), (torch.bfloat16, 2)])
+def test_what_an_image_keeps_is_foreseen(dtype, cast_weights):
+    network = DiT(WIDE)
+    matrices = sum(p.numel() for name, p in network.named_parameters() if name.startswith("blocks"))
+    measured = (kept_tensors(network, dtype) - cast_weights * matrices) / 4
+    # On a CPU attention in bf16 keeps the scores too.
+    assert measured < 1.1 * kept_per_image(WIDE, dtype.itemsize) < 1.5 * measured
+
+
+def test_flops_are_those_of_the_paper():
+    """Table 4 of the paper, in billions of multiplications with addition, at 32 x 32 latents."""
+    for name, expected in {"S/2": 6.06, "S/8": 0.36, "B/2": 23.01, "B/4": 5.56, "L/2": 80.71, "XL/2": 118.64}.items():
+        dit = TrainConfig(model=f"DiT-{name}").dit(input_shape=(4, 32, 32), num_classes=1000)
+        with torch.device("meta"):
+            flops = training_flops(DiT(dit), dit)
+        assert flops / 6e9 == pytest.approx(expected, rel=0.02)
+
+
+def test_the_peak_is_known_by_the_words_of_a_name():
+    assert bf16_peak_of("NVIDIA H200") == bf16_peak_of("NVIDIA H100 80GB HBM3") == 989e12
+    assert bf16_peak_of("NVIDIA H100 PCIe") == 756e12
+    assert bf16_peak_of("NVIDIA A100-SXM4-80GB") == 312e12
+    for unknown in ("NVIDIA RTX A1000 Laptop GPU", "NVIDIA H200 MIG 1g.18gb", "Tesla V100-SXM2-16GB"):
+        assert bf16_peak_of(unknown) is None
+    assert bf16_peak(torch.device("cpu")) is None
+
+
+def test_muon_learns_and_goes_on_where_it_stopped(tmp_path):
+    settings = {"optimizer": "muon", "lr": 3e-3, "steps": 40, "log_every": 10, "checkpoint_every": 40}
+    whole = run_tiny(tmp_path / "whole", **settings)
+    losses = [row.loss for row in read_metrics(whole.metrics_file)]
+    assert losses[-1] < 0.8 * losses[0]
+    run_tiny(tmp_path / "halves", **settings | {"steps": 20})
+    assert_same_run(whole, run_tiny(tmp_path / "halves", **settings))
+    names = {key.rpartition(".")[0] for key in load_file(state_file(whole.newest_checkpoint())) if "momentum" in key}
+    parts = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    assert names == {f"optimizer.blocks.{i}.{part}.weight" for i in range(2) for part in parts}
+
+
+def test_muon_skips_a_gradient_that_is_not_finite_and_needs_matrices():
+    config = TrainConfig.from_dict(TINY | {"optimizer": "muon"})
+    network = DiT(WIDE)
+    optimizer = make_optimizer(network, config)
+    before = [parameter.detach().clone() for parameter in network.parameters()]
+    for parameter in network.parameters():
+        parameter.grad = torch.full_like(parameter, float("nan"))
+    apply_gradients(optimizer, 1e-3, 0.0)
+    assert all(torch.equal(one, other) for one, other in zip(before, network.parameters(), strict=True))
+    network.blocks.requires_grad_(False)
+    with pytest.raises(SettingError, match="muon"):
+        make_optimizer(network, config)
+
+
+def test_where_compiling_fails_training_goes_on_without(tmp_path):
+    settings = {"steps": 2, "log_every": 1, "checkpoint_every": 2}
+    process = start(tmp_path / "compiled", compile=True, environment={"CXX": "no-compiler"}, **settings)
+    _, told = process.communicate(timeout=200)
+    assert process.returncode == 0, told
+    assert "torch.compile does not work here" in told
+    assert_same_run(run_tiny(tmp_path / "eager", **settings), RunDir(tmp_path / "compiled"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_a_compiled_step_is_the_same_step(tmp_path):
+    settings = {"steps": 6, "log_every": 1, "checkpoint_every": 3}
+    eager = run_tiny(tmp_path / "eager", **settings)
+    for name, changes in {"compiled": {}, "again": {"checkpoint_activations": True, "micro_batch": 8}}.items():
+        process = start(tmp_path / name, compile=True, **settings | changes)
+        _, told = process.communicate(timeout=280)
+        assert process.returncode == 0, told
+        assert "torch.compile" not in told
+        rows = [read_metrics(run.metrics_file) for run in (eager, RunDir(tmp_path / name))]
+        for one, other in zip(*rows, strict=True):
+            assert one.loss == pytest.approx(other.loss, rel=1e-4)
+            assert one.grad_norm == pytest.approx(other.grad_norm, rel=1e-3)
 
 
 def test_micro_batch_auto_trains(tmp_path: Path):

@@ -76,12 +76,15 @@ class TrainConfig(Config):
     micro_batch: int | str | None = option(
         None, "Images per forward pass; gradients accumulate. auto is what fits in memory.  [default: batch size]"
     )
-    lr: float = option(1e-4, "Learning rate of AdamW.")
+    optimizer: Literal["adamw", "muon"] = option(
+        "adamw", "muon trains the blocks' matrices by Muon and the rest by AdamW.", choices=("adamw", "muon")
+    )
+    lr: float = option(1e-4, "Learning rate, of the size that AdamW needs.")
     lr_schedule: Literal["constant", "cosine"] = option(
         "constant", "Learning rate after warm-up.", choices=("constant", "cosine")
     )
     warmup_steps: int = option(0, "Steps over which the learning rate rises from 0.")
-    weight_decay: float = option(0.0, "Weight decay of AdamW.")
+    weight_decay: float = option(0.0, "Decoupled weight decay.")
     beta1: float = option(0.9, "AdamW: decay of the first moment.")
     beta2: float = option(0.999, "AdamW: decay of the second moment.")
     clip_grad: float = option(0.0, "Clip the gradient norm to this; 0 leaves it.")
@@ -90,6 +93,10 @@ class TrainConfig(Config):
 
     seed: int = option(0, "Seed of everything random.")
     device: str = option("auto", "auto, cpu, cuda or cuda:N.")
+    compile: bool | None = option(None, "Compile the blocks with torch.compile.  [default: on a GPU]")
+    checkpoint_activations: bool = option(
+        False, "Keep only the blocks' inputs and compute the rest again: less memory, a third slower."
+    )
     precision: Precision = option("auto", "auto is bf16 where the hardware has it.", choices=Precision)
     num_workers: int | None = option(None, "Threads that read images.  [default: number of cores]")
 
@@ -113,7 +120,8 @@ class TrainConfig(Config):
     COMMAND: ClassVar[str] = "train"
     # May differ when a run goes on: they change what is learnt by rounding at most.
     RESUMABLE: ClassVar[tuple[str, ...]] = (
-        *("out", "steps", "micro_batch", "device", "num_workers", "log_every", "checkpoint_every", "keep_checkpoints"),
+        *("out", "steps", "micro_batch", "compile", "checkpoint_activations"),
+        *("device", "num_workers", "log_every", "checkpoint_every", "keep_checkpoints"),
         *("sample_every", "sample_num", "sample_cfg", "sample_steps", "eval_every", "eval_num", "eval_metric"),
         *("eval_features", "eval_weights", "eval_cfg", "eval_steps"),
     )

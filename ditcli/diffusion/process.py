@@ -90,4 +90,7 @@ def like(coefficients: np.ndarray, images: Array) -> Array:
     """One number per image, (N,), as an array of the images' kind, type and device that broadcasts over them."""
     xp = array_namespace(images)
     shape = (-1, *(1,) * (images.ndim - 1))
+    if getattr(images, "is_cuda", False):  # torch: pinned, so that nobody waits until the GPU has nothing to do
+        pinned = xp.asarray(coefficients, dtype=images.dtype).pin_memory()
+        return pinned.to(images.device, non_blocking=True).reshape(shape)
     return xp.reshape(xp.asarray(coefficients, dtype=images.dtype, device=images.device), shape)

@@ -11,6 +11,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ditcli.config import DiTConfig
 
@@ -225,8 +226,11 @@ class DiT(nn.Module):
     """A network from (noisy input, time, label) to a prediction of the input's size.
 
     `forward(x, t, labels)` takes x (N, C, H, W) with H and W multiples of the patch size, t (N,) the network's time
-    (0..999 for a thousand steps) and integer labels (N,), where ``num_classes`` is the null class.
+    (0..999 for a thousand steps) and integer labels (N,), where ``num_classes`` is the null class. With
+    `checkpoint_activations` the backward pass computes each block again from its input (arXiv 1604.06174).
     """
+
+    checkpoint_activations = False
 
     def __init__(self, config: DiTConfig):
         super().__init__()
@@ -257,7 +261,10 @@ class DiT(nn.Module):
         tokens = torch.stack([time, label], dim=1)  # (N, 2, D)
         x = self.join(tokens, x)  # (N, T or 2 + T, D)
         for block in self.blocks:
-            x = block(x, c, tokens)
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x = checkpoint(block, x, c, tokens, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, c, tokens)
         x = self.final_layer(x[:, -height * width :], c)  # (N, T, p * p * C)
         x = x.unflatten(1, (height, width)).unflatten(-1, (p, p, -1))  # (N, H/p, W/p, p, p, C)
         return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # (N, C, H, W)

@@ -13,6 +13,7 @@ from ditcli.codecs.codec import Codec
 from ditcli.config import TrainConfig
 from ditcli.data.latent_files import Moments
 from ditcli.data.latents import Latents
+from ditcli.devices import place
 from ditcli.diffusion.process import Diffusion
 from ditcli.memory import free_memory
 
@@ -76,7 +77,7 @@ class Batches:
         eps, posterior = torch.randn((2, *shape), generator=generator, device=self.device)
         x0 = self.codec.to_latents(moments, posterior)
         labels = np.where(dropped, self.num_classes, self.labels[images])
-        return Batch(x0, eps, torch.from_numpy(labels).to(self.device), t)
+        return Batch(x0, eps, place(labels, self.device), t)
 
     def _times(self, rng: np.random.Generator, num: int) -> np.ndarray:
         steps = self.diffusion.schedule.num_steps
@@ -85,12 +86,12 @@ class Batches:
     def _moments(self, images: np.ndarray, flipped: np.ndarray) -> Tensor:
         rows = images * self.flips + flipped * (self.flips > 1)
         if self.resident is not None:
-            moments = self.resident[torch.from_numpy(rows).to(self.device)]
+            moments = self.resident[place(rows, self.device)]
         else:
             picked = np.stack([self.moments[row // self.flips, row % self.flips] for row in rows])
-            moments = torch.from_numpy(picked).to(self.device)
+            moments = place(picked, self.device)
         if self.flips == 1:  # a flip of the moments is the flip's moments
-            mirror = torch.from_numpy(flipped).to(self.device)[:, None, None, None]
+            mirror = place(flipped, self.device)[:, None, None, None]
             moments = torch.where(mirror, moments.flip(-1), moments)
         return moments
 

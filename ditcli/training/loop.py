@@ -41,10 +41,12 @@ def run_loop(
     draw: Callable[[], object],
     judge: Callable[[list[AnyRow]], bool] = lambda rows: False,
     row_type: type[AnyRow] = Row,  # type: ignore[assignment]
+    peak_rate: float | None = None,
 ) -> None:
     """Call `take_step`, which gives loss and gradient norm, until `config.steps`; save and draw at their intervals.
 
     They are tensors on the device, which is waited for at the intervals alone, or after each step where it is the CPU.
+    `peak_rate` are the images/s at which the device would do nothing but the model's operations, where that is known.
     `judge` sees the rows of metrics after every step and says whether it took time, which is none of training's.
     Raises Interrupted after saving on Ctrl-C or SIGTERM, and DitcliError when gradients stay not finite.
     """
@@ -91,6 +93,8 @@ def run_loop(
                 note = f"loss {loss.item():.4f}"
             else:
                 note = f"loss {rows[-1].loss:.4f}  lr {rows[-1].lr:.2g}  {rows[-1].images_per_second:.1f} images/s"
+            if rows and peak_rate:
+                note += f"  {rows[-1].images_per_second / peak_rate:.0%} MFU"
             advance(1, note)
 
             last = state.step == config.steps or bool(stop)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ditcli.config import Loss
+from ditcli.devices import place
 from ditcli.diffusion.process import Diffusion
 from ditcli.diffusion.schedule import Schedule
 from ditcli.diffusion.variational import Chain, variational_bound
@@ -23,7 +24,7 @@ def diffusion_loss(network: Network, diffusion: Diffusion, batch: Batch, loss: L
     """Loss of each image, (N,), in float32; `network` takes (x_t, network time, labels)."""
     x0, eps, t = batch.x0, batch.eps, batch.t
     x_t = diffusion.add_noise(x0, eps, t)
-    network_time = torch.from_numpy(diffusion.network_time(t)).to(x_t.device, torch.float32)
+    network_time = place(diffusion.network_time(t).astype(np.float32), x_t.device)
     output = network(x_t, network_time, batch.labels).float()
 
     channels = x0.shape[1]
@@ -44,7 +45,7 @@ def by_noise_level(losses: Tensor, t: np.ndarray) -> Tensor:
     """
     level = np.ceil(t * NOISE_LEVELS).astype(np.int64) - 1
     member = np.eye(NOISE_LEVELS, dtype=np.float32)[level] / len(t)  # (N, 8)
-    share = torch.from_numpy(member).to(losses.device, non_blocking=True)
+    share = place(member, losses.device)
     return torch.cat([losses.mean()[None], losses @ share, share.sum(dim=0)])
 
 

@@ -106,7 +106,7 @@ def describe(setup: Setup) -> dict[str, object]:
         choose_trainable(network, config, set())
         trainable = sum(p.numel() for p in unfrozen(network))
     micro_batch = config.micro_batch if isinstance(config.micro_batch, int) else config.batch_size
-    activations = micro_batch * kept_per_image(dit, setup.dtype.itemsize)
+    activations = micro_batch * kept_per_image(dit, setup.dtype.itemsize, checkpointed=config.checkpoint_activations)
     return {
         "run": str(setup.run.path),
         "images": len(setup.dataset),

@@ -18,6 +18,7 @@ from ditcli.runs import read_model_config, state_file
 from ditcli.training.ema import average_of
 from ditcli.training.finetune import Source, carry_over, choose_trainable, unfrozen
 from ditcli.training.metrics import NOISE_LEVELS
+from ditcli.training.muon import MuonAndAdamW
 
 
 @dataclass
@@ -56,6 +57,7 @@ def new_state(
     """
     torch.manual_seed(config.seed)
     network = make_network(model.dit)
+    network.checkpoint_activations = config.checkpoint_activations
     fresh = carry_over(source, network, model.class_names) if source else set()
     kept = choose_trainable(network, config, fresh)
     network = network.to(device)
@@ -119,11 +121,8 @@ def _place_of_steps(parameter: Tensor) -> torch.device:
 
 
 def make_optimizer(network: nn.Module, config: TrainConfig | TrainVaeConfig) -> torch.optim.Optimizer:
-    """AdamW over what is not frozen."""
-    return torch.optim.AdamW(
-        unfrozen(network),
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
+    """The optimiser over what is not frozen."""
+    lr, betas, decay = config.lr, (config.beta1, config.beta2), config.weight_decay
+    if isinstance(config, TrainConfig) and config.optimizer == "muon":
+        return MuonAndAdamW(network, lr=lr, betas=betas, weight_decay=decay)
+    return torch.optim.AdamW(unfrozen(network), lr=lr, betas=betas, weight_decay=decay, fused=True)

@@ -12,7 +12,7 @@ from ditcli.diffusion.process import Diffusion
 from ditcli.errors import DitcliError
 from ditcli.memory import fitting_micro_batch
 from ditcli.progress import say
-from ditcli.training.batches import Batches
+from ditcli.training.batches import Batch, Batches
 from ditcli.training.ema import ema_decay, update_average
 from ditcli.training.loop import apply_gradients, learning_rate
 from ditcli.training.metrics import NOISE_LEVELS
@@ -29,12 +29,25 @@ class Steps:
         config = setup.config
         if config.micro_batch == "auto":
             self.micro_batch = fitting_micro_batch(
-                setup.model.dit, config.batch_size, device=str(setup.device), bytes_per_number=setup.dtype.itemsize
+                setup.model.dit,
+                config.batch_size,
+                device=str(setup.device),
+                bytes_per_number=setup.dtype.itemsize,
+                checkpointed=config.checkpoint_activations,
             )
             if self.micro_batch < config.batch_size:
                 say(f"Micro-batches of {self.micro_batch} images fit into memory.")
         else:
             self.micro_batch = int(config.micro_batch or config.batch_size)
+        # Blocks are alike: what is compiled for one serves all, in a fraction of the time that the whole would take.
+        self.compiled = list(state.model.get_submodule("blocks").children()) if self._compiles() else []
+        for block in self.compiled:
+            block.compile(dynamic=False)
+        self.worked = False
+
+    def _compiles(self) -> bool:
+        compile = self.setup.config.compile
+        return self.setup.device.type == "cuda" if compile is None else compile
 
     def take(self) -> tuple[Tensor, Tensor]:
         """Loss and gradient norm, on the device: nothing here waits for it.
@@ -42,27 +55,37 @@ class Steps:
         A step whose gradient is not finite changes no weight; the average takes in the same weights once more.
         """
         config, state = self.setup.config, self.state
-        measured = self._backward()
+        measured = self._backward(self.batches[state.step])
         norm = apply_gradients(state.optimizer, learning_rate(config, state.step), config.clip_grad)
         update_average(state.average, state.model, ema_decay(config.ema_decay, state.step, warmup=config.ema_warmup))
         state.losses.append(measured)
         state.step += 1
         return measured[0], norm
 
-    def _backward(self) -> Tensor:
-        """Gradients, and what is measured of the loss, (17,). Out of memory it begins anew with smaller parts."""
+    def _backward(self, batch: Batch) -> Tensor:
+        """Gradients, and what is measured of the loss, (17,).
+
+        Out of memory it begins anew with smaller parts, and where compiling fails, without.
+        """
         while True:
             try:
-                return self._accumulate()
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
+                measured = self._accumulate(batch.split(self.micro_batch))
+                self.worked = True
+                return measured
+            except Exception as error:
+                failed_to_compile = bool(self.compiled) and not self.worked and not is_out_of_memory(error)
+                if not failed_to_compile and not is_out_of_memory(error):
                     raise
+                reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
             # Here and not in the except clause, whose traceback holds what is to be freed.
-            self._halve()
+            self._clear()
+            if failed_to_compile:
+                self._give_up_compiling(reason)
+            else:
+                self._halve()
 
-    def _accumulate(self) -> Tensor:
+    def _accumulate(self, micro_batches: list[Batch]) -> Tensor:
         config, state, device = self.setup.config, self.state, self.setup.device
-        micro_batches = self.batches[state.step].split(self.micro_batch)
         measured = torch.zeros(1 + 2 * NOISE_LEVELS, device=device)
         for batch in micro_batches:
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.setup.dtype == torch.bfloat16):
@@ -80,6 +103,15 @@ class Steps:
             )
         former, self.micro_batch = self.micro_batch, next_micro_batch(self.setup.config.batch_size, self.micro_batch)
         say(f"Out of memory with {former} images at a time: going on with {self.micro_batch}.")
+
+    def _give_up_compiling(self, reason: str) -> None:
+        say(f"torch.compile does not work here ({reason}): going on without it. --no-compile spares the try.")
+        for block in self.compiled:
+            block._compiled_call_impl = None
+        self.compiled = []
+
+    def _clear(self) -> None:
+        """Free what a failed pass left."""
         self.state.optimizer.zero_grad(set_to_none=True)
         gc.collect()
         if self.setup.device.type == "cuda":

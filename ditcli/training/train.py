@@ -15,9 +15,12 @@ from ditcli.codecs.codec import numpy_decoder
 from ditcli.config import TrainConfig
 from ditcli.data.latents import load_latents, measure, warn_of_scale
 from ditcli.denoisers.torch_denoiser import as_denoiser
+from ditcli.devices import bf16_peak
 from ditcli.diffusion.process import Diffusion
 from ditcli.errors import DitcliError
 from ditcli.images import make_grid, write_png
+from ditcli.models.conv import make_network
+from ditcli.models.flops import training_flops
 from ditcli.progress import say
 from ditcli.runs import RunDir
 from ditcli.sampling import draw
@@ -82,8 +85,18 @@ def train(config: TrainConfig) -> RunDir:
         draw=lambda: _draw_grid(setup, state),
         judge=lambda rows: _judge(setup, state, rows, best, score),
         row_type=DiffusionRow,
+        peak_rate=_peak_rate(setup),
     )
     return run
+
+
+def _peak_rate(setup: Setup) -> float | None:
+    """Images/s, were the device always busy with the model's operations in bf16; None where its peak is not known."""
+    peak = bf16_peak(setup.device)
+    if peak is None:
+        return None
+    with torch.device("meta"):
+        return peak / training_flops(make_network(setup.model.dit), setup.model.dit)
 
 
 def _judge(
