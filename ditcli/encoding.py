@@ -22,7 +22,7 @@ from ditcli.codecs.named import open_named_codec
 from ditcli.codecs.reconstruct import perceptual_distance, psnr
 from ditcli.config import DEFAULT_VAE, DecodeConfig, EncodeConfig
 from ditcli.data.folders import ImageDataset, open_dataset
-from ditcli.data.latent_files import MANIFEST, Moments, encode_into, write_synced
+from ditcli.data.latent_files import MANIFEST, Moments, encode_into
 from ditcli.data.latents import (
     Latents,
     check_space,
@@ -34,6 +34,7 @@ from ditcli.data.latents import (
 )
 from ditcli.devices import choose_dtype, open_device
 from ditcli.errors import DataError, DitcliError, ModelNotFoundError, ResumeError, UnreadableImageError
+from ditcli.files import replacing, write_text
 from ditcli.hub import find_lpips, lasting_codec_name
 from ditcli.images import read_png_metadata, write_png
 from ditcli.models.lpips import LPIPS, load_lpips
@@ -101,7 +102,7 @@ def encode(config: EncodeConfig) -> Encoded:
         }
 
     try:
-        write_synced(partial / SETTINGS, json.dumps(settings, indent=1))
+        write_text(partial / SETTINGS, json.dumps(settings, indent=1))
         scores = _Scores(partial, dataset.names, codec, perceptual) if config.reconstruct else None
         encode_into(
             partial,
@@ -148,10 +149,8 @@ class _Scores:
             self.paths[name].parent.mkdir(parents=True, exist_ok=True)
             write_png(self.paths[name], pair)
             self.rows[name] = (name, ratios[i], distances[i])
-        partial = self.folder / f".{SCORES}.partial"
-        with partial.open("w", newline="") as file:
+        with replacing(self.folder / SCORES) as partial, partial.open("w", newline="") as file:
             csv.writer(file).writerows([("name", "psnr", "lpips"), *self.rows.values()])
-        partial.replace(self.folder / SCORES)
 
 
 def _read_scores(folder: Path) -> list[tuple[str, float, float]]:

@@ -11,8 +11,7 @@ import os
 import re
 import stat
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,6 +19,7 @@ import numpy as np
 from PIL import Image, ImageCms, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
 
 from ditcli.errors import UnreadableImageError
+from ditcli.files import replacing
 
 # Only these: of the others Pillow knows, EPS would start Ghostscript, and TGA is recognised in random bytes.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000", "QOI")
@@ -81,8 +81,8 @@ def write_png(path: str | Path, image: np.ndarray, metadata: Mapping[str, str] |
     text = PngImagePlugin.PngInfo()
     for key, value in (metadata or {}).items():
         text.add_text(key, value)  # iTXt where Latin-1 cannot say it
-    with _whole_file(Path(path)) as file:
-        Image.fromarray(image).save(file, "PNG", pnginfo=text)
+    with replacing(Path(path), lasting=False) as partial:
+        Image.fromarray(image).save(partial, "PNG", pnginfo=text)
 
 
 def read_png_metadata(path: str | Path) -> dict[str, str]:
@@ -138,8 +138,8 @@ def write_gif(path: str | Path, frames: Sequence[np.ndarray], milliseconds: int)
     if not frames:
         raise ValueError("a GIF needs at least one frame.")
     first, *others = [Image.fromarray(frame) for frame in frames]
-    with _whole_file(Path(path)) as file:
-        first.save(file, "GIF", save_all=True, append_images=others, duration=milliseconds, loop=0)
+    with replacing(Path(path), lasting=False) as partial:
+        first.save(partial, "GIF", save_all=True, append_images=others, duration=milliseconds, loop=0)
 
 
 def _read_bytes(source: str | Path | bytes | BinaryIO) -> bytes:
@@ -301,15 +301,3 @@ def _reason(error: Exception) -> str:
 def _printable(name: str) -> str:
     """A file name whose bytes are not UTF-8 can be printed too."""
     return os.fsencode(name).decode("utf-8", "replace")
-
-
-@contextmanager
-def _whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that takes its name only when it is complete."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

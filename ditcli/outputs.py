@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ditcli.errors import ResumeError
+from ditcli.files import replacing, write_text
 
 FACTS = "ditcli.json"
 
@@ -70,9 +71,7 @@ class PictureArchive:
         """The next picture, uint8 (H, W, 3); all are of one shape."""
         if self.shape is None:
             self.shape = image.shape
-            partial = self._begun.with_name(f"{self._begun.name}.partial")
-            partial.write_text(json.dumps({"facts": self.facts, "shape": image.shape}))
-            partial.replace(self._begun)
+            write_text(self._begun, json.dumps({"facts": self.facts, "shape": image.shape}))
         assert image.shape == self.shape
         assert image.dtype == np.uint8
         with self._pixels.open("ab", buffering=0) as file:
@@ -85,8 +84,7 @@ class PictureArchive:
             return self.path
         assert self.shape is not None
         assert self.done == self.num
-        partial = self.path.with_name(f".{self.path.name}.partial")
-        with zipfile.ZipFile(partial, "w") as archive:
+        with replacing(self.path) as partial, zipfile.ZipFile(partial, "w") as archive:
             with archive.open("arr_0.npy", "w", force_zip64=True) as file, self._pixels.open("rb") as pixels:
                 header = {"descr": "|u1", "fortran_order": False, "shape": (self.num, *self.shape)}
                 np.lib.format.write_array_header_1_0(file, header)
@@ -95,7 +93,6 @@ class PictureArchive:
                 with archive.open("arr_1.npy", "w") as file:
                     np.lib.format.write_array(file, np.array(self.labels, dtype=np.int64))
             archive.writestr(FACTS, json.dumps(self.facts, indent=2))
-        partial.replace(self.path)
         self._begun.unlink()
         self._pixels.unlink()
         return self.path

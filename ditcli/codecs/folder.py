@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from ditcli.codecs.codec import Autoencoder, AutoencoderCodec
 from ditcli.codecs.vq_model import VQModel, VQModelConfig
 from ditcli.config import TILE
 from ditcli.errors import CheckpointError, ModelNotFoundError
+from ditcli.files import replacing, write_text
 from ditcli.hub import WEIGHTS_NAMES, weights_in
 from ditcli.models.files import read_tensors
 
@@ -89,18 +89,9 @@ def save_codec(network: Autoencoder, folder: Path) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     weights = {key: weight.detach().contiguous() for key, weight in network.state_dict().items()}
-    partial = folder / f".{WEIGHTS}.partial"
-    save_file(weights, partial, metadata={"format": "pt"})
-    _publish(partial, folder / WEIGHTS)
-    partial = folder / ".config.json.partial"
-    partial.write_text(json.dumps(describe_autoencoder(network), indent=2) + "\n")
-    _publish(partial, folder / "config.json")
-
-
-def _publish(partial: Path, path: Path) -> None:
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.replace(path)
+    with replacing(folder / WEIGHTS) as partial:
+        save_file(weights, partial, metadata={"format": "pt"})
+    write_text(folder / "config.json", json.dumps(describe_autoencoder(network), indent=2) + "\n")
 
 
 def _find(folder: Path) -> Path:

@@ -19,6 +19,7 @@ from torch import Tensor
 from ditcli.codecs.codec import Codec
 from ditcli.data.folders import ImageDataset
 from ditcli.errors import DataError, UnreadableImageError
+from ditcli.files import remove_partials, write_text
 from ditcli.progress import progress
 
 MANIFEST = "manifest.json"
@@ -68,6 +69,7 @@ def encode_into(
     total = min(num or len(dataset), len(dataset))
     _, height, width = codec.latent_shape(image_size, image_size)
     row = (1 + both, codec.moments_channels, height, width)
+    remove_partials(folder)
     done = _read_progress(folder)
     if not per_image:
         _cut(folder, done.num_kept, np.empty((1, *row), codec.moments_dtype), shard_size)
@@ -93,7 +95,7 @@ def encode_into(
                 (index, error.name, error.reason) for index, error in batch if isinstance(error, UnreadableImageError)
             ]
             done.read += len(batch)
-            write_synced(folder / PROGRESS, json.dumps(asdict(done)))
+            write_text(folder / PROGRESS, json.dumps(asdict(done)))
             advance(len(batch), f"{len(done.unreadable)} unreadable" if done.unreadable else "")
     kept = done.kept()
     if not kept:
@@ -102,7 +104,7 @@ def encode_into(
     files = [names[index] for index in kept] if per_image else [path.name for path in _shards(folder)]
     if dataset.labels is not None:
         np.save(folder / "labels.npy", dataset.labels[kept])
-    write_synced(folder / "names.json", json.dumps([dataset.names[index] for index in kept]))
+    write_text(folder / "names.json", json.dumps([dataset.names[index] for index in kept]))
     manifest: dict[str, Any] = {
         "num": len(kept),
         "shape": row,
@@ -112,7 +114,7 @@ def encode_into(
         "class_names": dataset.class_names,
         "unreadable": [(name, reason) for _, name, reason in done.unreadable],
     }
-    write_synced(folder / MANIFEST, json.dumps(manifest | about(manifest), indent=1))
+    write_text(folder / MANIFEST, json.dumps(manifest | about(manifest), indent=1))
     (folder / PROGRESS).unlink()
 
 
@@ -171,16 +173,6 @@ class Moments:
         if self.shards is None:
             return np.load(self.files[file], mmap_mode="r")
         return self.shards[file][row - self.starts[file]]
-
-
-def write_synced(path: Path, text: str) -> None:
-    """The file has the text, or what it had before."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def _read_progress(folder: Path) -> Progress:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import urllib.request
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from ditcli.errors import DitcliError, SettingError
 from ditcli.evaluation import inception
 from ditcli.evaluation.dinov2 import Dinov2Features
 from ditcli.evaluation.features import Extractor, OnnxFeatures, file_sha256
+from ditcli.files import replacing
 from ditcli.hub import find_dinov2
 from ditcli.progress import progress, say
 
@@ -66,21 +66,18 @@ def fetch_weights() -> Path:
         if path.is_file() and file_sha256(path) == inception.PUBLIC_SHA256:
             return path
     ours.parent.mkdir(parents=True, exist_ok=True)
-    part = ours.with_name(f".{ours.name}.{os.getpid()}.part")
     reasons = []
     for url in inception.PUBLIC_URLS:
         say(f"Fetching the Inception weights of 2015-12-05 (91 MB) from {url}")
         try:
-            _download(url, part)
-            found = file_sha256(part)
-            if found == inception.PUBLIC_SHA256:
-                os.replace(part, ours)
-                return ours
-            reasons.append(f"{url}: another file, with sha256 {found[:16]}")
+            with replacing(ours) as partial:
+                _download(url, partial)
+                found = file_sha256(partial)
+                if found != inception.PUBLIC_SHA256:
+                    raise ValueError(f"another file, with sha256 {found[:16]}")
+            return ours
         except (OSError, ValueError) as error:  # URLError and a broken connection are OSErrors
             reasons.append(f"{url}: {getattr(error, 'reason', None) or error}")
-        finally:
-            part.unlink(missing_ok=True)
     raise DitcliError(
         f"the Inception weights cannot be fetched ({'; '.join(reasons)}). Bring {inception.PUBLIC_NAME} from another "
         "machine and give it with --weights, or score in other features with --features FILE.onnx."

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ditcli.errors import DitcliError
+from ditcli.files import replacing
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,8 @@ class Statistics:
             "pictures": pictures,
             "features": self.features,
         }
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
-            with part.open("wb") as file:
-                np.savez(file, mu=self.mu, sigma=self.sigma, **{k: v for k, v in known.items() if v is not None})
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+        with replacing(path) as partial, partial.open("wb") as file:
+            np.savez(file, mu=self.mu, sigma=self.sigma, **{k: v for k, v in known.items() if v is not None})
 
     @classmethod
     def load(cls, path: Path, *, features: bool = True) -> Statistics:

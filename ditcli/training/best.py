@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ditcli.errors import CheckpointError
+from ditcli.files import replacing
 from ditcli.progress import say
 from ditcli.runs import RunDir, read_model_config
 from ditcli.training.checkpoints import link_or_copy
@@ -80,9 +81,7 @@ def read_scores(path: Path, name: str) -> list[tuple[int, float]]:
 
 
 def _write_scores(path: Path, name: str, scores: Sequence[tuple[int, float]]) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", newline="") as file:
+    with replacing(path) as partial, partial.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["step", name])
         writer.writerows(scores)
-    partial.rename(path)

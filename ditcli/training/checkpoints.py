@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ditcli.config import ModelConfig, VaeConfig
+from ditcli.files import remove_partials, replacing
 from ditcli.runs import FORMAT, VAE_FORMAT, RunDir, state_file
 
 
@@ -48,6 +49,7 @@ def write_weights(path: Path, weights: Mapping[str, Tensor], config: ModelConfig
 
 def remove_leftovers(run: RunDir) -> None:
     """Clear what a killed run left half-written: partial files, and states whose weights were never written."""
+    remove_partials(run.path)
     if not run.checkpoints.is_dir():
         return
     states = {state_file(run.checkpoint_file(step)) for step in run.saved_steps()}
@@ -59,15 +61,9 @@ def remove_leftovers(run: RunDir) -> None:
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    try:
+    with replacing(path) as partial:
         save_file({key: value.detach().contiguous() for key, value in tensors.items()}, partial, metadata)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
         partial.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner may read
-        partial.rename(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _umask() -> int:
@@ -78,10 +74,8 @@ def _umask() -> int:
 
 def link_or_copy(path: Path, other: Path) -> None:
     """Give a file a second name, in place of what has it: no copy where the disk can do without."""
-    partial = other.with_name(f".{other.name}.partial")
-    partial.unlink(missing_ok=True)
-    try:
-        os.link(path, partial)
-    except OSError:  # a file system without links
-        shutil.copyfile(path, partial)
-    partial.rename(other)
+    with replacing(other) as partial:
+        try:
+            os.link(path, partial)
+        except OSError:  # a file system without links
+            shutil.copyfile(path, partial)

@@ -9,6 +9,8 @@ from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import TypeVar
 
+from ditcli.files import replacing
+
 NOISE_LEVELS = 8
 
 
@@ -104,12 +106,10 @@ def rewind_metrics(path: Path, step: int, row_type: type[Rows] = Row) -> list[Ro
 
 def write_metrics(path: Path, rows: Sequence[Rows], row_type: type[Rows]) -> None:
     """The whole file anew."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", newline="") as file:
+    with replacing(path) as partial, partial.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(field.name for field in fields(row_type))
         writer.writerows(astuple(row) for row in rows)
-    partial.rename(path)
 
 
 def append_metrics(path: Path, row: Measured) -> None:
@@ -146,6 +146,5 @@ def plot_loss(rows: Sequence[Row], path: Path) -> None:
     axes.set_ylabel("loss")
     axes.grid(alpha=0.3, which="both")
     axes.legend(frameon=False)
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, format="png")
-    partial.rename(path)
+    with replacing(path, lasting=False) as partial:
+        figure.savefig(partial, format="png")

@@ -21,6 +21,7 @@ from ditcli.data.folders import ImageDataset, open_dataset
 from ditcli.data.latents import EncodedDataset, open_latents
 from ditcli.devices import choose_dtype, open_device
 from ditcli.errors import ResumeError
+from ditcli.files import write_text
 from ditcli.hub import lasting_codec_name
 from ditcli.memory import kept_per_image
 from ditcli.models.conv import make_network
@@ -202,9 +203,7 @@ def _write_config(
             "numpy": np.__version__,
         },
     }
-    partial = run.path / ".config.json.partial"
-    partial.write_text(json.dumps(values, indent=2) + "\n")
-    partial.rename(run.config_file)
+    write_text(run.config_file, json.dumps(values, indent=2) + "\n")
 
 
 def _comparable(config: Any) -> Any:
