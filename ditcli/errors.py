@@ -45,6 +45,14 @@ class ResumeError(DitcliError):
     """A run folder made with other settings than those asked for."""
 
 
+class SavingError(DitcliError):
+    """A checkpoint that cannot be written."""
+
+
+class RunInUseError(DitcliError):
+    """A run folder that another process is training in."""
+
+
 class Interrupted(DitcliError):
     """Stopped by Ctrl-C or SIGTERM after saving; the message says how to go on."""
 

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Mapping
+import socket
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from safetensors import SafetensorError, safe_open
 
 from ditcli.config import ModelConfig, VaeConfig
-from ditcli.errors import CheckpointError, ModelNotFoundError
+from ditcli.errors import CheckpointError, ModelNotFoundError, RunInUseError
+from ditcli.progress import say
 
 RUNS = Path("runs")
 FORMAT = "ditcli-1"
@@ -89,6 +94,22 @@ class RunDir:
         if not steps:
             raise ModelNotFoundError(f"{self.path} has no checkpoint yet: let `ditcli train` reach its first.")
         return self.checkpoint_file(steps[-1])
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the folder, which is made where it is not there, for training in this process alone.
+
+        The system lets go of it when the process ends, however that comes about. Raises RunInUseError, which names
+        process and host, where another process holds it.
+        """
+        file = _hold(self.path)
+        try:
+            yield
+        finally:
+            Path(file.name).unlink(missing_ok=True)
+            with suppress(OSError):
+                self.path.rmdir()  # where nothing came of it
+            file.close()
 
     def read_config(self) -> dict[str, Any]:
         """What `config.json` holds: `train`, `model`, `data` and `versions`."""
@@ -177,6 +198,44 @@ def _parse(path: Path, metadata: Mapping[str, str], config_class: type[AnyConfig
         return config_class.from_dict(json.loads(metadata["config"]))
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} has a config that this version does not understand: {error}") from error
+
+
+def _hold(run: Path) -> TextIO:
+    """The lock file, opened and locked, and with a note of who holds it."""
+    while True:
+        run.mkdir(parents=True, exist_ok=True)
+        file = (run / ".lock").open("a+")
+        try:
+            _lock(file, run)
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(file.name)):
+                break
+        except FileNotFoundError:  # the process that held it has removed it since it was opened
+            pass
+        except BaseException:
+            file.close()
+            raise
+        file.close()
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    return file
+
+
+def _lock(file: TextIO, run: Path) -> None:
+    if sys.platform == "win32":
+        return  # has no such locks
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.seek(0)
+        other = file.read() or "another process"
+        raise RunInUseError(
+            f"{run} is being trained by {other}: wait for it, stop it, or give another --out."
+        ) from error
+    except OSError as error:
+        say(f"Note: {run} cannot be locked ({error.strerror}), so do not train there from two processes at once.")
 
 
 def _files(folder: Path) -> list[Path]:

@@ -38,6 +38,7 @@ from ditcli.runs import RunDir, read_model_config
 from ditcli.training.best import BestWeights, read_scores
 from ditcli.training.metrics import read_metrics, smooth
 from ditcli.training.train import train
+from ditcli.training.writer import Writer
 
 WIDTH = 12
 
@@ -390,12 +391,14 @@ def test_without_an_extractor_the_best_weights_are_those_of_the_lowest_loss(data
     assert run.best_file.read_bytes() == run.checkpoint_file(best).read_bytes()
     # Going on with a loss that is worse, then better, than that of the best step.
     rows = [row for row in rows if row.step <= best]
-    weights = BestWeights(run, best)
+    writer = Writer()
+    weights = BestWeights(run, best, writer)
     for step, loss, kept in ((100, 9.0, best), (200, 0.1, 200), (300, 0.2, 200)):
         rows += [replace(rows[-1], step=step - k, loss=loss) for k in reversed(range(50))]
         path = run.checkpoint_file(step)
         shutil.copy(run.checkpoint_file(best), path)
         weights.judge_loss(step, rows, save=lambda: pytest.fail("the checkpoint is there"))
+        writer.finish()
         assert run.best_file.samefile(run.checkpoint_file(kept))
         assert weights.step == kept
 

@@ -29,6 +29,7 @@ from ditcli.training.train import train
 from ditcli.training.vae.discriminator import Discriminator, generator_loss, hinge_loss, smallest_image
 from ditcli.training.vae.objective import adaptive_weight, backward, draw_latents
 from ditcli.training.vae.train import VaeRow, VaeTraining, ValidationRow, train_vae
+from ditcli.training.writer import Writer
 
 TINY = {
     "data": "fashion-mnist",
@@ -295,7 +296,8 @@ def test_diffusers_opens_the_result(learnt, tmp_path, kind):
 
 
 def test_held_out_pictures_are_never_trained_on(tmp_path):
-    training = VaeTraining.open(tiny(tmp_path / "run", holdout=7, batch_size=32))
+    config = tiny(tmp_path / "run", holdout=7, batch_size=32)
+    training = VaeTraining.open(config, RunDir(Path(config.out)), Writer())
     assert len(training.held_out) == 7
     assert not set(training.held_out) & set(training.rows)
     assert sorted([*training.held_out, *training.rows]) == list(range(len(training.pixels)))

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import resource
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from tiny import TINY, run_tiny
 
 from ditcli.codecs.pixels import PixelCodec
 from ditcli.config import DiffusionConfig, TrainConfig
@@ -30,25 +25,6 @@ from ditcli.training.ema import average_of, ema_decay, update_average
 from ditcli.training.loop import learning_rate
 from ditcli.training.metrics import read_metrics, smooth
 from ditcli.training.objective import diffusion_loss
-from ditcli.training.train import train
-
-TINY = {
-    "data": "fashion-mnist",
-    "pixels": True,
-    "image_size": 28,
-    "model": "DiT-S/4",
-    "width": 32,
-    "depth": 2,
-    "num_heads": 2,
-    "batch_size": 16,
-    "steps": 12,
-    "lr": 1e-3,
-    "log_every": 3,
-    "checkpoint_every": 4,
-    "sample_every": 0,
-    "precision": "fp32",
-    "device": "cpu",
-}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -56,24 +32,6 @@ def _cache(tmp_path_factory) -> None:
     os.environ["DITCLI_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     yield
     del os.environ["DITCLI_CACHE"]
-
-
-def run_tiny(out: Path, **changes) -> RunDir:
-    return train(TrainConfig.from_dict(TINY | {"out": str(out)} | changes))
-
-
-def assert_same_run(first: RunDir, second: RunDir) -> None:
-    """Weights, training state and losses are equal to the bit."""
-    paths = first.newest_checkpoint(), second.newest_checkpoint()
-    for one, other in (paths, tuple(state_file(path) for path in paths)):
-        expected, found = load_file(one), load_file(other)
-        assert expected.keys() == found.keys()
-        different = [k for k in expected if k != "seconds" and not torch.equal(expected[k], found[k])]
-        assert different == []
-    losses = [
-        [(row.step, row.loss, row.grad_norm) for row in read_metrics(run.metrics_file)] for run in (first, second)
-    ]
-    assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize("schedule", ["linear", "flow"])
@@ -93,65 +51,6 @@ def _weights(run: RunDir) -> list[torch.Tensor]:
     return list(load_file(path).values()) + [v for k, v in load_file(state_file(path)).items() if k != "seconds"]
 
 
-def start(
-    out: Path, *, file_size: int = resource.RLIM_INFINITY, environment: dict[str, str] | None = None, **changes
-) -> subprocess.Popen[str]:
-    options = TINY | {"out": str(out)} | changes
-    words = [
-        f"--{'' if value is not False else 'no-'}{key.replace('_', '-')}"
-        + ("" if isinstance(value, bool) else f"={value}")
-        for key, value in options.items()
-    ]
-    return subprocess.Popen(
-        [sys.executable, "-m", "ditcli", "train", *words],
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {}),
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size)),
-    )
-
-
-def test_kill_9_at_any_moment_loses_at_most_the_steps_since_the_last_checkpoint(tmp_path):
-    torch.set_num_threads(1)
-    settings = {"steps": 300, "checkpoint_every": 10, "keep_checkpoints": 2}
-    whole = run_tiny(tmp_path / "whole", **settings)
-    killed = RunDir(tmp_path / "killed")
-    moments = np.random.default_rng(0).uniform(0.0, 0.4, size=6)
-    for moment in moments:
-        process = start(killed.path, **settings)
-        reached = killed.saved_steps()[-1] if killed.saved_steps() else 0
-        while process.poll() is None and (killed.saved_steps() or [0])[-1] <= reached:
-            time.sleep(0.005)  # at least one checkpoint further each time
-        time.sleep(moment)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        newest = killed.saved_steps()[-1]
-        assert newest > reached
-        rows = read_metrics(killed.metrics_file)
-        assert rows[-1].step - newest <= 10 + TINY["log_every"]
-    killed_steps = killed.saved_steps()[-1]
-    run_tiny(killed.path, **settings)
-    assert 0 < killed_steps <= 300
-    assert_same_run(whole, killed)
-    assert sorted(p.name for p in killed.checkpoints.iterdir()) == sorted(p.name for p in whole.checkpoints.iterdir())
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, number):
-    process = start(tmp_path / "run", steps=100_000, checkpoint_every=100_000)
-    run = RunDir(tmp_path / "run")
-    while process.poll() is None and not read_metrics(run.metrics_file):
-        time.sleep(0.02)
-    process.send_signal(number)
-    _, told = process.communicate(timeout=60)
-    assert process.returncode == 130, told
-    assert "run the same command again" in told
-    assert "Traceback" not in told
-    assert run.saved_steps()[-1] >= 3
-    assert run.loss_file.is_file()
-
-
 def test_a_run_of_other_settings_is_refused_with_the_difference(tmp_path):
     run_tiny(tmp_path, steps=1)
     with pytest.raises(ResumeError) as error:
@@ -159,30 +58,6 @@ def test_a_run_of_other_settings_is_refused_with_the_difference(tmp_path):
     assert "lr: 0.001 there, 0.003 now" in str(error.value)
     assert "width: 32 there, 64 now" in str(error.value)
     run_tiny(tmp_path, steps=2, log_every=1, keep_checkpoints=1)  # these change nothing that is learnt
-
-
-def test_half_written_files_are_cleared_and_never_read(tmp_path):
-    run = run_tiny(tmp_path / "run", steps=8)
-    newest = run.checkpoint_file(8)
-    newest.unlink()  # as if killed between the state and the averaged weights
-    (run.checkpoints / f".{newest.name}.partial").write_bytes(b"half")
-    assert run.saved_steps() == [4]
-    resumed = run_tiny(tmp_path / "run", steps=8)
-    assert_same_run(run_tiny(tmp_path / "whole", steps=8), resumed)
-    assert not [p for p in run.checkpoints.iterdir() if "partial" in p.name]
-
-
-def test_a_full_disk_keeps_the_former_checkpoint(tmp_path):
-    run = run_tiny(tmp_path / "run", steps=4)
-    before = {path.name: path.read_bytes() for path in run.checkpoints.iterdir()}
-    process = start(run.path, steps=8, file_size=100_000)  # the system refuses to write files beyond that
-    _, told = process.communicate(timeout=60)
-    assert process.returncode == 1, told
-    assert "the checkpoint of step 8 could not be written" in told
-    assert "Traceback" not in told
-    assert {path.name: path.read_bytes() for path in run.checkpoints.iterdir()} == before
-    weights = _weights(run_tiny(tmp_path / "whole", steps=8)), _weights(run_tiny(tmp_path / "run", steps=8))
-    assert all(torch.equal(one, other) for one, other in zip(*weights, strict=True))
 
 
 def test_checkpoints_may_be_read_by_whom_the_umask_lets(tmp_path):

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ditcli.codecs.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
@@ -17,9 +16,9 @@ from ditcli.codecs.codec import Autoencoder, AutoencoderCodec
 from ditcli.codecs.vq_model import VQModel, VQModelConfig
 from ditcli.config import TILE
 from ditcli.errors import CheckpointError, ModelNotFoundError
-from ditcli.files import replacing, write_text
+from ditcli.files import write_text
 from ditcli.hub import WEIGHTS_NAMES, weights_in
-from ditcli.models.files import read_tensors
+from ditcli.models.files import read_tensors, write_tensors
 
 WEIGHTS = WEIGHTS_NAMES[0]
 
@@ -88,9 +87,7 @@ def save_codec(network: Autoencoder, folder: Path) -> None:
     Each file is written beside its name and then renamed, config.json last: without it a folder is no autoencoder.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {key: weight.detach().contiguous() for key, weight in network.state_dict().items()}
-    with replacing(folder / WEIGHTS) as partial:
-        save_file(weights, partial, metadata={"format": "pt"})
+    write_tensors(folder / WEIGHTS, network.state_dict(), {"format": "pt"})
     write_text(folder / "config.json", json.dumps(describe_autoencoder(network), indent=2) + "\n")
 
 

@@ -5,7 +5,7 @@ becomes a command-line option of the same name with hyphens; ``__post_init__`` r
 field, its value and what is allowed.
 """
 
-from ditcli.config.base import Config, Loss, Precision, option, suggest
+from ditcli.config.base import Config, Loss, Precision, WhenDiskFull, option, suggest
 from ditcli.config.doctor import DoctorConfig
 from ditcli.config.model import (
     CONV_DIT,
@@ -63,6 +63,7 @@ __all__ = [
     "VaeConfig",
     "VaeKind",
     "Walk",
+    "WhenDiskFull",
     "option",
     "parse_model_name",
     "suggest",

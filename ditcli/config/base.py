@@ -13,6 +13,7 @@ from ditcli.errors import SettingError
 
 Loss = Literal["mse", "l1"]
 Precision = Literal["auto", "bf16", "fp32"]
+WhenDiskFull = Literal["stop", "go-on"]
 
 
 def option(default: Any, help: str, *, choices: Any = None) -> Any:

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from ditcli.config.base import Config, Loss, Precision, check_training, option
+from ditcli.config.base import Config, Loss, Precision, WhenDiskFull, check_training, option
 from ditcli.config.model import (
     CONV_DIT,
     Conditioning,
@@ -103,6 +103,11 @@ class TrainConfig(Config):
     log_every: int = option(50, "Steps between lines of metrics.csv.")
     checkpoint_every: int = option(1000, "Steps between checkpoints.")
     keep_checkpoints: int = option(3, "Checkpoints to keep; 0 keeps all.")
+    when_disk_full: WhenDiskFull = option(
+        "stop",
+        "Whether a checkpoint that cannot be written stops the run, or the next one has to do.",
+        choices=WhenDiskFull,
+    )
     sample_every: int = option(1000, "Steps between sample grids; 0 draws none.")
     sample_num: int = option(4, "Samples per class in a grid (of at most 8 classes).")
     sample_cfg: float = option(4.0, "Guidance scale of the sample grids.")
@@ -121,7 +126,7 @@ class TrainConfig(Config):
     # May differ when a run goes on: they change what is learnt by rounding at most.
     RESUMABLE: ClassVar[tuple[str, ...]] = (
         *("out", "steps", "micro_batch", "compile", "checkpoint_activations"),
-        *("device", "num_workers", "log_every", "checkpoint_every", "keep_checkpoints"),
+        *("device", "num_workers", "log_every", "checkpoint_every", "keep_checkpoints", "when_disk_full"),
         *("sample_every", "sample_num", "sample_cfg", "sample_steps", "eval_every", "eval_num", "eval_metric"),
         *("eval_features", "eval_weights", "eval_cfg", "eval_steps"),
     )

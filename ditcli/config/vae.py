@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from ditcli.config.base import Config, Loss, Precision, check_training, option
+from ditcli.config.base import Config, Loss, Precision, WhenDiskFull, check_training, option
 from ditcli.config.train import DEFAULT_VAE
 from ditcli.errors import SettingError
 
@@ -69,13 +69,18 @@ class TrainVaeConfig(Config):
     log_every: int = option(50, "Steps between lines of metrics.csv.")
     checkpoint_every: int = option(1000, "Steps between checkpoints.")
     keep_checkpoints: int = option(3, "Checkpoints to keep; 0 keeps all.")
+    when_disk_full: WhenDiskFull = option(
+        "stop",
+        "Whether a checkpoint that cannot be written stops the run, or the next one has to do.",
+        choices=WhenDiskFull,
+    )
     sample_every: int = option(1000, "Steps between reconstructions of held-out images; 0 draws none.")
     sample_num: int = option(8, "Reconstructions in a picture.")
 
     COMMAND: ClassVar[str] = "train-vae"
     RESUMABLE: ClassVar[tuple[str, ...]] = (
         *("out", "steps", "device", "num_workers", "log_every", "checkpoint_every", "keep_checkpoints"),
-        *("sample_every", "sample_num", "lpips"),
+        *("sample_every", "sample_num", "lpips", "when_disk_full"),
     )
 
     def __post_init__(self) -> None:

@@ -13,6 +13,7 @@ from ditcli.progress import say
 from ditcli.runs import RunDir, read_model_config
 from ditcli.training.checkpoints import link_or_copy
 from ditcli.training.metrics import Row, smooth
+from ditcli.training.writer import Writer
 
 
 class BestWeights:
@@ -22,21 +23,21 @@ class BestWeights:
     `scores.csv`, those after `step`, where the run goes on, are dropped: they will be measured again.
     """
 
-    def __init__(self, run: RunDir, step: int, name: str | None = None) -> None:
-        self.run, self.name = run, name
+    def __init__(self, run: RunDir, step: int, writer: Writer, name: str | None = None) -> None:
+        self.run, self.writer, self.name = run, writer, name
         self.scores = [row for row in read_scores(run.scores_file, name) if row[0] <= step] if name else []
         self.step = self._former_step(step)
         if name:
             _write_scores(run.scores_file, name, self.scores)
 
-    def judge_loss(self, step: int, rows: Sequence[Row], save: Callable[[], Path]) -> None:
+    def judge_loss(self, step: int, rows: Sequence[Row], save: Callable[[], object]) -> None:
         """Keep the checkpoint of `step` where the smoothed loss is lower than at the best one so far."""
         losses = smooth([row.loss for row in rows])
         lowest = min((loss for row, loss in zip(rows, losses, strict=True) if row.step == self.step), default=math.inf)
         if losses and losses[-1] < lowest:
             self._keep(step, save)
 
-    def judge_score(self, step: int, score: float, save: Callable[[], Path]) -> None:
+    def judge_score(self, step: int, score: float, save: Callable[[], object]) -> None:
         """Write the score down, and keep the checkpoint of `step` where none was lower."""
         lowest = min((value for _, value in self.scores), default=math.inf)
         self.scores.append((step, score))
@@ -49,10 +50,16 @@ class BestWeights:
         if best:
             self._keep(step, save)
 
-    def _keep(self, step: int, save: Callable[[], Path]) -> None:
-        checkpoint = self.run.checkpoint_file(step)
-        link_or_copy(checkpoint if checkpoint.is_file() else save(), self.run.best_file)
+    def _keep(self, step: int, save: Callable[[], object]) -> None:
+        if not self.run.checkpoint_file(step).is_file():
+            save()
+        self.writer.submit(lambda: self._link(step))
         self.step = step
+
+    def _link(self, step: int) -> None:
+        checkpoint = self.run.checkpoint_file(step)
+        if checkpoint.is_file():  # the disk may have been full
+            link_or_copy(checkpoint, self.run.best_file)
 
     def _former_step(self, step: int) -> int | None:
         """The step of the best weights so far; None where there are none, or from a time that will come again."""

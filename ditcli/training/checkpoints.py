@@ -9,12 +9,13 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ditcli.config import ModelConfig, VaeConfig
 from ditcli.files import remove_partials, replacing
+from ditcli.models.files import write_tensors
 from ditcli.runs import FORMAT, VAE_FORMAT, RunDir, state_file
+from ditcli.training.writer import telling
 
 
 def save_checkpoint(
@@ -27,13 +28,18 @@ def save_checkpoint(
 ) -> Path:
     """Write the training state, then the averaged weights, whose presence says that both are whole.
 
-    `keep` newest checkpoints stay, all of them with 0. If the disk is full the former checkpoints are left as they are.
+    `keep` newest checkpoints stay, all of them with 0. Raises SavingError where the disk is full, or something else
+    forbids it: the former checkpoints are left as they are.
     """
     path = run.checkpoint_file(config.step)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _write(state_file(path), state, {})
-    weights = average.state_dict() if isinstance(average, nn.Module) else average
-    write_weights(path, weights, config)
+    with telling(f"the checkpoint of step {config.step:,}", run.checkpoints):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_tensors(state_file(path), state, {})
+            write_weights(path, average.state_dict() if isinstance(average, nn.Module) else average, config)
+        finally:
+            if not path.is_file():
+                state_file(path).unlink(missing_ok=True)
     for step in run.saved_steps()[:-keep] if keep else []:
         old = run.checkpoint_file(step)
         old.unlink()
@@ -44,7 +50,7 @@ def save_checkpoint(
 def write_weights(path: Path, weights: Mapping[str, Tensor], config: ModelConfig | VaeConfig) -> None:
     """A checkpoint that is enough to sample."""
     kind = FORMAT if isinstance(config, ModelConfig) else VAE_FORMAT
-    _write(path, weights, {"format": kind, "config": json.dumps(config.to_dict())})
+    write_tensors(path, weights, {"format": kind, "config": json.dumps(config.to_dict())})
 
 
 def remove_leftovers(run: RunDir) -> None:
@@ -60,21 +66,9 @@ def remove_leftovers(run: RunDir) -> None:
             file.unlink()
 
 
-def _write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    with replacing(path) as partial:
-        save_file({key: value.detach().contiguous() for key, value in tensors.items()}, partial, metadata)
-        partial.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner may read
-
-
-def _umask() -> int:
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
-
-
 def link_or_copy(path: Path, other: Path) -> None:
     """Give a file a second name, in place of what has it: no copy where the disk can do without."""
-    with replacing(other) as partial:
+    with telling("the best weights", other.parent), replacing(other) as partial:
         try:
             os.link(path, partial)
         except OSError:  # a file system without links

@@ -6,7 +6,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Protocol, TypeVar
 
 import torch
@@ -18,6 +18,7 @@ from ditcli.memory import used_memory
 from ditcli.progress import progress, say
 from ditcli.runs import RunDir
 from ditcli.training.metrics import Row, append_metrics, plot_loss, rewind_metrics, smooth
+from ditcli.training.writer import Writer
 
 MOST_SKIPS_IN_A_ROW = 10
 AnyRow = TypeVar("AnyRow", bound=Row)
@@ -35,6 +36,7 @@ def run_loop(
     config: TrainConfig | TrainVaeConfig,
     run: RunDir,
     state: State,
+    writer: Writer,
     *,
     take_step: Callable[[], tuple[Tensor, Tensor]],
     save: Callable[[], object],
@@ -48,9 +50,10 @@ def run_loop(
     They are tensors on the device, which is waited for at the intervals alone, or after each step where it is the CPU.
     `peak_rate` are the images/s at which the device would do nothing but the model's operations, where that is known.
     `judge` sees the rows of metrics after every step and says whether it took time, which is none of training's.
-    Raises Interrupted after saving on Ctrl-C or SIGTERM, and DitcliError when gradients stay not finite.
+    What they give the writer is written when this returns, and what goes wrong there is raised here. Raises Interrupted
+    after saving on Ctrl-C or SIGTERM, and DitcliError when gradients stay not finite.
     """
-    rows = rewind_metrics(run.metrics_file, state.step, row_type)
+    rows, unwritten = rewind_metrics(run.metrics_file, state.step, row_type), list[AnyRow]()
     skipped, norms = 0, list[Tensor]()
     began = time.monotonic() - state.seconds
     interval_began, interval_step = time.monotonic(), state.step
@@ -86,8 +89,12 @@ def run_loop(
                     memory_gb=round(used_memory(str(state.losses[0].device)) / 1e9, 3),
                     **row_type.parts(others),
                 )
-                append_metrics(run.metrics_file, row)
                 rows.append(row)
+                unwritten.append(row)
+                with writer.telling("metrics.csv", run.path):
+                    while unwritten:
+                        append_metrics(run.metrics_file, unwritten[0])
+                        unwritten.pop(0)
                 state.losses.clear()
             if not rows:
                 note = f"loss {loss.item():.4f}"
@@ -97,17 +104,28 @@ def run_loop(
                 note += f"  {rows[-1].images_per_second / peak_rate:.0%} MFU"
             advance(1, note)
 
-            last = state.step == config.steps or bool(stop)
-            if state.step % config.checkpoint_every == 0 or last:
+            writer.check()
+            last = state.step == config.steps
+            if state.step % config.checkpoint_every == 0 or last or stop.received:
                 save()
-                plot_loss(rows, run.loss_file)
-            if config.sample_every and (state.step % config.sample_every == 0 or state.step == config.steps):
-                draw()
-                interval_began, interval_step = time.monotonic(), state.step
-            if judge(rows):
-                interval_began, interval_step = time.monotonic(), state.step
-            if stop and state.step < config.steps:
+                with writer.telling("loss.png", run.path):
+                    plot_loss(rows, run.loss_file)
+            try:  # pictures and scores may take minutes, and change nothing that is learnt
+                stop.leave_at_once()
+                if config.sample_every and (state.step % config.sample_every == 0 or last):
+                    with writer.telling("a picture", run.samples):
+                        draw()
+                    interval_began, interval_step = time.monotonic(), state.step
+                if judge(rows):
+                    interval_began, interval_step = time.monotonic(), state.step
+                stop.leaving = False
+            except _StopNow:
+                stop.leaving = False
+            if stop.received and not last:
+                save()
+                writer.finish()
                 raise Interrupted(f"stopped at step {state.step:,} and saved; to go on, run the same command again.")
+        writer.finish()
 
 
 def learning_rate(config: TrainConfig | TrainVaeConfig, step: int) -> float:
@@ -134,19 +152,42 @@ def apply_gradients(optimizer: torch.optim.Optimizer, lr: float, clip: float) ->
     return norm
 
 
+class _StopNow(KeyboardInterrupt):
+    """Leaves what need not be finished."""
+
+
+class _Stop:
+    """Whether the first Ctrl-C or SIGTERM was received."""
+
+    received = False
+    leaving = False
+
+    def leave_at_once(self) -> None:
+        """From here on a signal, also one that came before, raises _StopNow as long as `leaving` is true."""
+        self.leaving = True
+        if self.received:
+            raise _StopNow
+
+    def receive(self) -> None:
+        self.received = True
+        with suppress(RuntimeError):  # the signal came while something was being printed
+            say("\nFinishing the step and saving; once more to stop at once.")
+        if self.leaving:
+            raise _StopNow
+
+
 @contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """A list that is filled by the first Ctrl-C or SIGTERM; the second one has its usual effect."""
-    received: list[int] = []
+def _stop_signals() -> Iterator[_Stop]:
+    """The first Ctrl-C or SIGTERM is received, the second one has its usual effect."""
+    stop = _Stop()
 
-    def remember(number: int, frame: object) -> None:
-        received.append(number)
+    def receive(number: int, frame: object) -> None:
         signal.signal(number, former[signal.Signals(number)])
-        say("\nFinishing the step and saving; once more to stop at once.")
+        stop.receive()
 
-    former = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    former = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield received
+        yield stop
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
@@ -113,9 +114,14 @@ def write_metrics(path: Path, rows: Sequence[Rows], row_type: type[Rows]) -> Non
 
 
 def append_metrics(path: Path, row: Measured) -> None:
-    """Add a row at the end of the file."""
-    with path.open("a", newline="") as file:
-        csv.writer(file).writerow(astuple(row))
+    """Add a row at the end of the file; if the disk is full, OSError, and the file ends with the row before."""
+    size = path.stat().st_size if path.is_file() else 0
+    try:
+        with path.open("a", newline="") as file:
+            csv.writer(file).writerow(astuple(row))
+    except OSError:
+        os.truncate(path, size)
+        raise
 
 
 def smooth(values: Sequence[float], weight: float = 0.7) -> list[float]:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError
 
 from ditcli.codecs.codec import numpy_decoder
 from ditcli.config import TrainConfig
@@ -17,7 +15,6 @@ from ditcli.data.latents import load_latents, measure, warn_of_scale
 from ditcli.denoisers.torch_denoiser import as_denoiser
 from ditcli.devices import bf16_peak
 from ditcli.diffusion.process import Diffusion
-from ditcli.errors import DitcliError
 from ditcli.images import make_grid, write_png
 from ditcli.models.conv import make_network
 from ditcli.models.flops import training_flops
@@ -33,6 +30,7 @@ from ditcli.training.metrics import DiffusionRow, write_metrics
 from ditcli.training.setup import Setup, check_same_settings, prepare, start_or_resume
 from ditcli.training.state import TrainState
 from ditcli.training.step import Steps
+from ditcli.training.writer import Writer
 
 if TYPE_CHECKING:
     from ditcli.evaluation.during_training import TrainingScore
@@ -43,15 +41,22 @@ MOST_CLASSES_IN_A_GRID = 8
 def train(config: TrainConfig) -> RunDir:
     """Train, or go on with a run of the same settings; returns the run's folder.
 
-    Raises ResumeError where the folder holds a run of other settings, Interrupted after saving on Ctrl-C or SIGTERM,
-    and DitcliError when gradients stay not finite.
+    Raises ResumeError where the folder holds a run of other settings, RunInUseError where another process trains it,
+    Interrupted after saving on Ctrl-C or SIGTERM, SavingError where a checkpoint cannot be written, and DitcliError
+    when gradients stay not finite.
     """
     setup = prepare(config)
+    with setup.run.lock(), Writer(setup.config.when_disk_full) as writer:
+        _train(setup, writer)
+    return setup.run
+
+
+def _train(setup: Setup, writer: Writer) -> None:
     config, run = setup.config, setup.run
     check_same_settings(run, config, setup.dataset)
     if (run.saved_steps() or [0])[-1] >= config.steps:
         say(f"{run.path} already has {run.saved_steps()[-1]:,} steps; give a higher --steps to go on.")
-        return run
+        return
     latents = load_latents(
         setup.dataset,
         setup.codec,
@@ -75,19 +80,19 @@ def train(config: TrainConfig) -> RunDir:
         from ditcli.evaluation.during_training import open_training_score
 
         score = open_training_score(config, setup.dataset, diffusion.schedule, setup.device)
-    best = BestWeights(run, state.step, score.name if score else None)
+    best = BestWeights(run, state.step, writer, score.name if score else None)
     run_loop(
         config,
         run,
         state,
+        writer,
         take_step=Steps(setup, state, batches, diffusion).take,
-        save=lambda: _save(setup, state),
+        save=lambda: _save(setup, state, writer),
         draw=lambda: _draw_grid(setup, state),
         judge=lambda rows: _judge(setup, state, rows, best, score),
         row_type=DiffusionRow,
         peak_rate=_peak_rate(setup),
     )
-    return run
 
 
 def _peak_rate(setup: Setup) -> float | None:
@@ -106,25 +111,23 @@ def _judge(
     config, last = setup.config, state.step == setup.config.steps
     if score and (state.step % config.eval_every == 0 or last):
         value = score(as_denoiser(state.average, setup.model, dtype=setup.dtype), numpy_decoder(setup.codec))
-        best.judge_score(state.step, value, save=lambda: _save(setup, state))
+        best.judge_score(state.step, value, save=lambda: _save(setup, state, best.writer))
         if rows:
             rows[-1] = replace(rows[-1], score=value)
             write_metrics(setup.run.metrics_file, rows, DiffusionRow)
         return True
     if not score and (state.step % config.checkpoint_every == 0 or last):
-        best.judge_loss(state.step, rows, save=lambda: _save(setup, state))
+        best.judge_loss(state.step, rows, save=lambda: _save(setup, state, best.writer))
     return False
 
 
-def _save(setup: Setup, state: TrainState) -> Path:
-    model = replace(setup.model, step=state.step)
-    try:
-        return save_checkpoint(setup.run, model, state.weights(), state.tensors(), keep=setup.config.keep_checkpoints)
-    except (OSError, SafetensorError) as error:
-        raise DitcliError(
-            f"the checkpoint of step {state.step:,} could not be written to {setup.run.checkpoints} "
-            f"({error}): the former one is kept. Make room and run the same command again."
-        ) from error
+def _save(setup: Setup, state: TrainState, writer: Writer) -> None:
+    """Have a copy of the state written, unless that was done after this very step."""
+    if writer.saved == state.step:
+        return
+    model, keep = replace(setup.model, step=state.step), setup.config.keep_checkpoints
+    weights, tensors = writer.copy(state.weights(), "average."), writer.copy(state.tensors())
+    writer.submit_checkpoint(state.step, lambda: save_checkpoint(setup.run, model, weights, tensors, keep=keep))
 
 
 def _draw_grid(setup: Setup, state: TrainState) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ditcli.codecs.codec import AutoencoderCodec, normalise
+from ditcli.codecs.codec import Autoencoder, AutoencoderCodec, normalise
 from ditcli.codecs.folder import describe_autoencoder, save_codec
 from ditcli.codecs.pixels import PixelCodec
 from ditcli.codecs.reconstruct import measure_latents, perceptual_distance, psnr, reconstruct
@@ -22,7 +22,7 @@ from ditcli.config import TrainVaeConfig, VaeConfig
 from ditcli.data.folders import open_dataset
 from ditcli.data.latents import load_latents
 from ditcli.devices import choose_dtype, open_device
-from ditcli.errors import DitcliError, SettingError
+from ditcli.errors import SettingError
 from ditcli.hub import find_lpips
 from ditcli.images import make_grid, write_png
 from ditcli.models.lpips import LPIPS, load_lpips
@@ -37,6 +37,7 @@ from ditcli.training.setup import check_same_settings, default_folder, open_run
 from ditcli.training.vae.discriminator import smallest_image
 from ditcli.training.vae.objective import backward
 from ditcli.training.vae.state import VaeState, load_state, make_network, new_state, start_codebook
+from ditcli.training.writer import Writer, telling
 
 # Pixels on which the scale of the latents is measured: 64 pictures of 256x256, 1024 of 64x64.
 MEASURED_PIXELS = 2**22
@@ -65,7 +66,8 @@ def train_vae(config: TrainVaeConfig) -> RunDir:
     """Train, or go on with a run of the same settings; returns the run's folder, whose `vae/` is the result.
 
     Raises ResumeError where the folder holds a run of other settings, ModelNotFoundError without weights for LPIPS,
-    Interrupted after saving on Ctrl-C or SIGTERM, and DitcliError when gradients stay not finite.
+    RunInUseError where another process trains it, Interrupted after saving on Ctrl-C or SIGTERM, SavingError where a
+    checkpoint cannot be written, and DitcliError when gradients stay not finite.
     """
     least = smallest_image(config.gan_layers)
     if config.gan_weight and config.image_size < least:
@@ -73,13 +75,20 @@ def train_vae(config: TrainVaeConfig) -> RunDir:
             f"image-size is {config.image_size}, but a discriminator of {config.gan_layers} layers needs {least} at "
             "least: give fewer --gan-layers, or --gan-weight 0."
         )
-    training = VaeTraining.open(config)
-    run, state = training.run, training.state
+    run = RunDir(Path(config.out) if config.out else default_folder(config.data, "vae", config.image_size))
+    with run.lock(), Writer(config.when_disk_full) as writer:
+        _train(VaeTraining.open(config, run, writer))
+    return run
+
+
+def _train(training: VaeTraining) -> None:
+    config, run, state = training.config, training.run, training.state
     say(f"Held-out images: {len(training.held_out)}; training images: {len(training.rows)}.")
     if state.step >= config.steps:
         say(f"{run.path} already has {state.step:,} steps; give a higher --steps to go on.")
         training.export()
-        return run
+        training.writer.finish()
+        return
     if state.step == 0 and config.kind == "vq":
         start_codebook(state, normalise(training.images(0)), config.seed)
     rewind_metrics(run.validation_file, state.step, ValidationRow)
@@ -90,12 +99,12 @@ def train_vae(config: TrainVaeConfig) -> RunDir:
         config,
         run,
         state,
+        training.writer,
         take_step=training.take_step,
         save=training.save,
         draw=training.validate,
         row_type=VaeRow,
     )
-    return run
 
 
 @dataclass
@@ -104,6 +113,7 @@ class VaeTraining:
 
     config: TrainVaeConfig
     run: RunDir
+    writer: Writer
     state: VaeState
     pixels: np.ndarray
     perceptual: LPIPS | None
@@ -111,7 +121,7 @@ class VaeTraining:
     dtype: torch.dtype
 
     @classmethod
-    def open(cls, config: TrainVaeConfig) -> VaeTraining:
+    def open(cls, config: TrainVaeConfig, run: RunDir, writer: Writer) -> VaeTraining:
         """Open data, networks and run folder."""
         device = open_device(config.device)
         dtype = choose_dtype(config.precision, device)
@@ -120,7 +130,6 @@ class VaeTraining:
             perceptual = load_lpips(find_lpips(config.lpips)).to(device)
         dataset = open_dataset(config.data)
         say(f"{config.data}: {dataset.layout}; {dataset.summary()}")
-        run = RunDir(Path(config.out) if config.out else default_folder(config.data, "vae", config.image_size))
         check_same_settings(run, config, dataset)
         latents = load_latents(
             dataset,
@@ -139,7 +148,7 @@ class VaeTraining:
         checkpoint = open_run(run, config, about, dataset, device)
         run.vae.mkdir(exist_ok=True)
         state = load_state(checkpoint, config, device) if checkpoint else new_state(config, device)
-        return cls(config, run, state, pixels, perceptual, device, dtype)
+        return cls(config, run, writer, state, pixels, perceptual, device, dtype)
 
     @cached_property
     def _order(self) -> np.ndarray:
@@ -199,17 +208,17 @@ class VaeTraining:
         return losses[0], norm
 
     def save(self) -> None:
-        """A checkpoint, then the averaged weights in `vae/`."""
-        state, model = self.state, self.state.model
-        about = VaeConfig(autoencoder=describe_autoencoder(model), image_size=self.config.image_size, step=state.step)
-        try:
-            save_checkpoint(self.run, about, state.average, state.tensors(), keep=self.config.keep_checkpoints)
-            self.export()
-        except OSError as error:
-            raise DitcliError(
-                f"the checkpoint of step {state.step:,} could not be written to {self.run.path} ({error.strerror}): "
-                "the former one is kept. Make room and run the same command again."
-            ) from error
+        """Have a checkpoint written, then the averaged weights in `vae/`, unless that was done after this very step."""
+        state, run, writer = self.state, self.run, self.writer
+        if writer.saved == state.step:
+            return
+        about = VaeConfig(
+            autoencoder=describe_autoencoder(state.model), image_size=self.config.image_size, step=state.step
+        )
+        weights, tensors = writer.copy(state.average.state_dict(), "average."), writer.copy(state.tensors())
+        keep = self.config.keep_checkpoints
+        writer.submit_checkpoint(state.step, lambda: save_checkpoint(run, about, weights, tensors, keep=keep))
+        self.export()
 
     def export(self) -> None:
         """The averaged weights, with the mean and scale of their latents as measured on training images."""
@@ -219,7 +228,12 @@ class VaeTraining:
         mean, std = measure_latents(codec, codec.encode(self._pictures(rows)))
         network = codec.network
         network.config = replace(network.config, scaling_factor=1 / max(std, 1e-6), shift_factor=mean)
-        save_codec(network.float(), self.run.vae)
+        network = network.float().cpu()
+        self.writer.submit(lambda: self._write(network))
+
+    def _write(self, network: Autoencoder) -> None:
+        with telling("the averaged weights", self.run.vae):
+            save_codec(network, self.run.vae)
 
     def validate(self) -> None:
         """Reconstruct held-out images (training images where none are held out): mean PSNR and LPIPS, and a picture."""
