@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_training import TINY, assert_same_run, run_tiny, start
+from tiny import TINY, assert_same_run, run_tiny, start
 
 from ditcli.config import DiTConfig, TrainConfig
 from ditcli.devices import bf16_peak, bf16_peak_of

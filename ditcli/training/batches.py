@@ -39,7 +39,7 @@ class Batch:
 
 
 class Batches:
-    """Batch number `step` as ``batches[step]``.
+    """Batch number `step` as ``batches[step]``, another one for each `order`.
 
     Every picture is seen once an epoch, in an order of its own; flips, times, noise and dropped labels are drawn anew.
     """
@@ -56,6 +56,7 @@ class Batches:
     ):
         self.codec, self.diffusion, self.config = codec, diffusion, config
         self.num_classes, self.device = num_classes, device
+        self.order = 0
         self.labels = latents.labels if latents.labels is not None else np.zeros(len(latents.moments), np.int64)
         self.moments = latents.moments
         self.flips = latents.moments.shape[1]
@@ -65,8 +66,8 @@ class Batches:
 
     def __getitem__(self, step: int) -> Batch:
         config = self.config
-        rng = np.random.default_rng((config.seed, 1, step))
-        images = pick_images(config.seed, step, config.batch_size, len(self.moments))
+        rng = np.random.default_rng((config.seed, 1, step, *other_order(self.order)))
+        images = pick_images(config.seed, step, config.batch_size, len(self.moments), self.order)
         flipped = rng.random(len(images)) < 0.5 * config.flip
         dropped = rng.random(len(images)) < config.label_dropout
         t = self._times(rng, len(images))
@@ -96,17 +97,22 @@ class Batches:
         return moments
 
 
-def pick_images(seed: int, step: int, batch_size: int, num: int) -> np.ndarray:
+def pick_images(seed: int, step: int, batch_size: int, num: int, order: int = 0) -> np.ndarray:
     """Which of `num` images a step sees: every one once an epoch, in an order of its own."""
     positions = np.arange(step * batch_size, (step + 1) * batch_size)
     epochs = positions // num
-    orders = {int(epoch): _order(seed, int(epoch), num) for epoch in np.unique(epochs)}
+    orders = {int(epoch): _order((seed, 0, int(epoch), *other_order(order)), num) for epoch in np.unique(epochs)}
     return np.array([orders[int(epoch)][position] for epoch, position in zip(epochs, positions % num, strict=True)])
 
 
+def other_order(order: int) -> tuple[int, ...]:
+    """What an order of the data adds to a seed: nothing to the first one's."""
+    return (order,) if order else ()
+
+
 @lru_cache(maxsize=2)
-def _order(seed: int, epoch: int, num: int) -> np.ndarray:
-    return np.random.default_rng((seed, 0, epoch)).permutation(num)
+def _order(seed: tuple[int, ...], num: int) -> np.ndarray:
+    return np.random.default_rng(seed).permutation(num)
 
 
 def _place(moments: np.ndarray | Moments, device: torch.device) -> Tensor:

@@ -25,6 +25,11 @@ class BestWeights:
 
     def __init__(self, run: RunDir, step: int, writer: Writer, name: str | None = None) -> None:
         self.run, self.writer, self.name = run, writer, name
+        self.rewind(step)
+
+    def rewind(self, step: int) -> None:
+        """Forget what came after a step."""
+        run, name = self.run, self.name
         self.scores = [row for row in read_scores(run.scores_file, name) if row[0] <= step] if name else []
         self.step = self._former_step(step)
         if name:

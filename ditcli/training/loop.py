@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 import torch
@@ -18,9 +19,9 @@ from ditcli.memory import used_memory
 from ditcli.progress import progress, say
 from ditcli.runs import RunDir
 from ditcli.training.metrics import Row, append_metrics, plot_loss, rewind_metrics, smooth
+from ditcli.training.trouble import ADVICE, MOST_SKIPS_IN_A_ROW, Skips, mean_of_finite, spike
 from ditcli.training.writer import Writer
 
-MOST_SKIPS_IN_A_ROW = 10
 AnyRow = TypeVar("AnyRow", bound=Row)
 
 
@@ -41,6 +42,7 @@ def run_loop(
     take_step: Callable[[], tuple[Tensor, Tensor]],
     save: Callable[[], object],
     draw: Callable[[], object],
+    go_back: Callable[[Path], object],
     judge: Callable[[list[AnyRow]], bool] = lambda rows: False,
     row_type: type[AnyRow] = Row,  # type: ignore[assignment]
     peak_rate: float | None = None,
@@ -49,35 +51,44 @@ def run_loop(
 
     They are tensors on the device, which is waited for at the intervals alone, or after each step where it is the CPU.
     `peak_rate` are the images/s at which the device would do nothing but the model's operations, where that is known.
-    `judge` sees the rows of metrics after every step and says whether it took time, which is none of training's.
+    `go_back` makes the state that of a checkpoint, with another order of the data to come, when gradients stay not
+    finite. `judge` sees the rows of metrics after every step and says whether it took time that is none of training's.
     What they give the writer is written when this returns, and what goes wrong there is raised here. Raises Interrupted
     after saving on Ctrl-C or SIGTERM, and DitcliError when gradients stay not finite.
     """
     rows, unwritten = rewind_metrics(run.metrics_file, state.step, row_type), list[AnyRow]()
-    skipped, norms = 0, list[Tensor]()
+    skips, gone_back_to = Skips(), 0
     began = time.monotonic() - state.seconds
     interval_began, interval_step = time.monotonic(), state.step
+    saving = False
     with _stop_signals() as stop, progress("training", config.steps, start=state.step) as advance:
         while state.step < config.steps:
             loss, norm = take_step()
-            norms.append(norm)
+            skips.add(norm)
             row_is_due = state.step % config.log_every == 0 or state.step == config.steps
             if row_is_due or norm.device.type == "cpu":
-                for value in torch.stack(norms).tolist():
-                    skipped = 0 if math.isfinite(value) else skipped + 1
-                    if skipped > MOST_SKIPS_IN_A_ROW:
-                        raise DitcliError(
-                            f"the gradient was not finite {skipped} times in a row up to step {state.step:,}: try a "
-                            "lower --lr, --clip-grad 1 or --precision fp32."
-                        )
-                norms.clear()
+                skips.read()
+            if skips.in_a_row > MOST_SKIPS_IN_A_ROW:
+                former, failed = _former_step(run, writer, skips, state.step, gone_back_to), state.step
+                go_back(run.checkpoint_file(former))
+                say(
+                    f"The gradient was not finite {skips.in_a_row} times in a row up to step {failed:,}: going back to "
+                    f"step {former:,}, and on with the data in another order."
+                )
+                rows, gone_back_to, skips = rewind_metrics(run.metrics_file, former, row_type), former, Skips()
+                unwritten.clear()
+                saving = False
+                began = time.monotonic() - state.seconds
+                interval_began, interval_step = time.monotonic(), former
+                advance(former - failed + 1, "")
+                continue
             state.seconds = time.monotonic() - began
 
             if row_is_due:
                 now = time.monotonic()
                 rate = (state.step - interval_step) * config.batch_size / (now - interval_began)
                 interval_began, interval_step = now, state.step
-                mean, *others = torch.stack(state.losses).mean(dim=0).reshape(-1).tolist()
+                mean, *others = mean_of_finite(state.losses)
                 row = row_type(
                     step=state.step,
                     loss=mean,
@@ -87,6 +98,7 @@ def run_loop(
                     images_per_second=round(rate, 2),
                     seconds=round(state.seconds, 2),
                     memory_gb=round(used_memory(str(state.losses[0].device)) / 1e9, 3),
+                    skipped=skips.since_row,
                     **row_type.parts(others),
                 )
                 rows.append(row)
@@ -96,6 +108,9 @@ def run_loop(
                         append_metrics(run.metrics_file, unwritten[0])
                         unwritten.pop(0)
                 state.losses.clear()
+                skips.since_row = 0
+                if jump := spike(rows):
+                    say(f"Note: the loss rose to {mean:.4g} at step {state.step:,}, {jump:.1f} times what it was.")
             if not rows:
                 note = f"loss {loss.item():.4f}"
             else:
@@ -106,8 +121,12 @@ def run_loop(
 
             writer.check()
             last = state.step == config.steps
-            if state.step % config.checkpoint_every == 0 or last or stop.received:
-                save()
+            if state.step % config.checkpoint_every == 0:
+                skips.read()
+                saving = True
+            if (saving and not skips.in_a_row) or last or stop.received:
+                save()  # but not what may have to be gone back from
+                saving = False
                 with writer.telling("loss.png", run.path):
                     plot_loss(rows, run.loss_file)
             try:  # pictures and scores may take minutes, and change nothing that is learnt
@@ -126,6 +145,18 @@ def run_loop(
                 writer.finish()
                 raise Interrupted(f"stopped at step {state.step:,} and saved; to go on, run the same command again.")
         writer.finish()
+
+
+def _former_step(run: RunDir, writer: Writer, skips: Skips, step: int, gone_back_to: int) -> int:
+    """The step of the last checkpoint; DitcliError where there is none, or none since the run last went back."""
+    writer.wait()
+    former = (run.saved_steps() or [0])[-1]
+    if former > gone_back_to:
+        return former
+    again = f", as before from the checkpoint of step {former:,}," if former else ""
+    raise DitcliError(
+        f"the gradient was not finite {skips.in_a_row} times in a row{again} up to step {step:,}. {ADVICE}"
+    )
 
 
 def learning_rate(config: TrainConfig | TrainVaeConfig, step: int) -> float:

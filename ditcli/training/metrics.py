@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
@@ -26,7 +27,8 @@ class Measured:
 class Row(Measured):
     """Means over the interval that ends with `step`; `seconds` of training since the run began.
 
-    `memory_gb` is a CUDA device's peak so far, or what the process holds where there is none.
+    `memory_gb` is a CUDA device's peak so far, or what the process holds where there is none. `skipped` steps changed
+    no weight since their gradient was not finite; means are over those whose loss was.
     """
 
     loss: float
@@ -36,6 +38,7 @@ class Row(Measured):
     images_per_second: float
     seconds: float
     memory_gb: float | None
+    skipped: float | None
 
     @classmethod
     def parts(cls, others: Sequence[float]) -> dict[str, float | None]:
@@ -125,11 +128,12 @@ def append_metrics(path: Path, row: Measured) -> None:
 
 
 def smooth(values: Sequence[float], weight: float = 0.7) -> list[float]:
-    """Running mean that forgets by `weight` a row, unbiased at its start as in Adam."""
-    smoothed, mean = [], 0.0
-    for i, value in enumerate(values):
-        mean = weight * mean + (1 - weight) * value
-        smoothed.append(mean / (1 - weight ** (i + 1)))
+    """Running mean that forgets by `weight` a row, unbiased at its start as in Adam; values not finite are left out."""
+    smoothed, mean, num = [], 0.0, 0
+    for value in values:
+        if math.isfinite(value):
+            mean, num = weight * mean + (1 - weight) * value, num + 1
+        smoothed.append(mean / (1 - weight**num) if num else math.nan)
     return smoothed
 
 

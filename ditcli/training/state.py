@@ -23,7 +23,7 @@ from ditcli.training.muon import MuonAndAdamW
 
 @dataclass
 class TrainState:
-    """After `step` optimiser steps; `losses` are those since the last row of metrics.
+    """After `step` optimiser steps; `losses` are those since the last row of metrics, `order` that of the data.
 
     `kept` are the names of the weights that a checkpoint holds: all of them, but with adapters only what is trained.
     """
@@ -33,6 +33,7 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     kept: Set[str]
     step: int = 0
+    order: int = 0
     seconds: float = 0.0
     losses: list[Tensor] = field(default_factory=list)
 
@@ -45,7 +46,8 @@ class TrainState:
         tensors = {RAW + name: value for name, value in self.model.state_dict().items() if name in self.kept}
         tensors |= optimizer_tensors(self.model, self.optimizer)
         losses = torch.stack(self.losses).cpu() if self.losses else torch.zeros(0)
-        return tensors | {"seconds": torch.tensor(self.seconds, dtype=torch.float64), "losses": losses}
+        seconds = torch.tensor(self.seconds, dtype=torch.float64)
+        return tensors | {"seconds": seconds, "losses": losses, "order": torch.tensor(self.order)}
 
 
 def new_state(
@@ -69,22 +71,28 @@ def load_state(
 ) -> TrainState:
     """The state saved with a checkpoint, to the bit. Raises CheckpointError where it is damaged."""
     state = new_state(config, model, device, source)
+    restore(state, checkpoint)
+    return state
+
+
+def restore(state: TrainState, checkpoint: Path) -> None:
+    """Make a state that of a checkpoint. Raises CheckpointError where it is damaged, or of other weights."""
     saved = read_tensors(state_file(checkpoint))
     raw = {key.removeprefix(RAW): value for key, value in saved.items() if key.startswith(RAW)}
     for network, weights in ((state.average, read_tensors(checkpoint)), (state.model, raw)):
         if weights.keys() != state.kept:
-            raise CheckpointError(f"{checkpoint} and its training state do not hold the weights of {config.COMMAND}.")
+            raise CheckpointError(f"{checkpoint} and its training state do not hold the weights of this run.")
         network.load_state_dict(weights, strict=False)
     state.step = read_model_config(checkpoint).step
     try:
         load_optimizer(state.model, state.optimizer, saved)
-        state.seconds, losses = saved["seconds"].item(), saved["losses"].to(device)
+        losses = saved["losses"].to(next(state.model.parameters()).device)
         if losses.ndim == 1:  # of version 0.1, which did not tell noise levels apart
             losses = nn.functional.pad(losses[:, None], (0, 2 * NOISE_LEVELS))
         state.losses = list(losses)
+        state.seconds, state.order = saved["seconds"].item(), int(saved.get("order", torch.tensor(0)))
     except KeyError as error:
         raise CheckpointError(f"{state_file(checkpoint)} lacks {error}: it is not a training state.") from error
-    return state
 
 
 def optimizer_tensors(

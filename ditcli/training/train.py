@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,7 +29,7 @@ from ditcli.training.finetune import unfrozen
 from ditcli.training.loop import run_loop
 from ditcli.training.metrics import DiffusionRow, write_metrics
 from ditcli.training.setup import Setup, check_same_settings, prepare, start_or_resume
-from ditcli.training.state import TrainState
+from ditcli.training.state import TrainState, restore
 from ditcli.training.step import Steps
 from ditcli.training.writer import Writer
 
@@ -71,6 +72,7 @@ def _train(setup: Setup, writer: Writer) -> None:
     batches = Batches(
         latents, setup.codec, diffusion, config, num_classes=setup.model.dit.num_classes, device=setup.device
     )
+    batches.order = state.order
     parameters, trained = (sum(p.numel() for p in ps) for ps in (state.model.parameters(), unfrozen(state.model)))
     precision = "bf16" if setup.dtype == torch.bfloat16 else "fp32"
     share = f"{trained / 1e6:.2f} M of " if trained < parameters else ""
@@ -89,6 +91,7 @@ def _train(setup: Setup, writer: Writer) -> None:
         take_step=Steps(setup, state, batches, diffusion).take,
         save=lambda: _save(setup, state, writer),
         draw=lambda: _draw_grid(setup, state),
+        go_back=lambda checkpoint: _go_back(checkpoint, state, batches, best),
         judge=lambda rows: _judge(setup, state, rows, best, score),
         row_type=DiffusionRow,
         peak_rate=_peak_rate(setup),
@@ -102,6 +105,13 @@ def _peak_rate(setup: Setup) -> float | None:
         return None
     with torch.device("meta"):
         return peak / training_flops(make_network(setup.model.dit), setup.model.dit)
+
+
+def _go_back(checkpoint: Path, state: TrainState, batches: Batches, best: BestWeights) -> None:
+    restore(state, checkpoint)
+    state.order += 1
+    batches.order = state.order
+    best.rewind(state.step)
 
 
 def _judge(

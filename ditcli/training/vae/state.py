@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from ditcli.codecs.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
-from ditcli.codecs.folder import build_autoencoder
 from ditcli.codecs.vq_model import VQModel, VQModelConfig
 from ditcli.config import TrainVaeConfig
 from ditcli.errors import CheckpointError
@@ -26,7 +25,7 @@ JUDGE, JUDGE_OPTIMIZER = "discriminator.", "discriminator_optimizer."
 
 @dataclass
 class VaeState:
-    """After `step` optimiser steps; `losses` are those since the last row of metrics."""
+    """After `step` optimiser steps; `losses` are those since the last row of metrics, `order` that of the data."""
 
     model: Network
     average: nn.Module
@@ -34,6 +33,7 @@ class VaeState:
     discriminator: Discriminator
     discriminator_optimizer: torch.optim.Optimizer
     step: int = 0
+    order: int = 0
     seconds: float = 0.0
     losses: list[Tensor] = field(default_factory=list)
 
@@ -44,7 +44,8 @@ class VaeState:
         tensors |= optimizer_tensors(self.model, self.optimizer)
         tensors |= optimizer_tensors(self.discriminator, self.discriminator_optimizer, JUDGE_OPTIMIZER)
         losses = torch.stack(self.losses).cpu() if self.losses else torch.zeros(0)
-        return tensors | {"seconds": torch.tensor(self.seconds, dtype=torch.float64), "losses": losses}
+        seconds = torch.tensor(self.seconds, dtype=torch.float64)
+        return tensors | {"seconds": seconds, "losses": losses, "order": torch.tensor(self.order)}
 
 
 def make_network(config: TrainVaeConfig) -> Network:
@@ -88,22 +89,25 @@ def start_codebook(state: VaeState, images: Tensor, seed: int) -> None:
 
 def load_state(checkpoint: Path, config: TrainVaeConfig, device: torch.device) -> VaeState:
     """The state saved with a checkpoint, to the bit. Raises CheckpointError where it is damaged."""
-    about = read_vae_config(checkpoint)
+    state = new_state(config, device)
+    restore(state, checkpoint)
+    return state
+
+
+def restore(state: VaeState, checkpoint: Path) -> None:
+    """Make a state that of a checkpoint. Raises CheckpointError where it is damaged, or of other networks."""
     saved = read_tensors(state_file(checkpoint))
     try:
-        network, average = (build_autoencoder(about.autoencoder) for _ in range(2))
-        assert isinstance(network, AutoencoderKL | VQModel)
-        network.load_state_dict(_part(saved, RAW))
-        average.load_state_dict(read_tensors(checkpoint))
-        discriminator = Discriminator(config.gan_width, config.gan_layers)
-        discriminator.load_state_dict(_part(saved, JUDGE))
-        state = _state(network, average_of(average), discriminator, config, device)
+        state.model.load_state_dict(_part(saved, RAW))
+        state.average.load_state_dict(read_tensors(checkpoint))
+        state.discriminator.load_state_dict(_part(saved, JUDGE))
         load_optimizer(state.model, state.optimizer, saved)
         load_optimizer(state.discriminator, state.discriminator_optimizer, saved, JUDGE_OPTIMIZER)
-        state.step, state.seconds, state.losses = about.step, saved["seconds"].item(), list(saved["losses"].to(device))
+        state.losses = list(saved["losses"].to(next(state.model.parameters()).device))
+        state.seconds, state.order = saved["seconds"].item(), int(saved.get("order", torch.tensor(0)))
     except (KeyError, RuntimeError) as error:
-        raise CheckpointError(f"{state_file(checkpoint)} is not the training state of a VAE ({error}).") from error
-    return state
+        raise CheckpointError(f"{state_file(checkpoint)} is not the training state of this run ({error}).") from error
+    state.step = read_vae_config(checkpoint).step
 
 
 def _state(

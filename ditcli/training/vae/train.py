@@ -28,7 +28,7 @@ from ditcli.images import make_grid, write_png
 from ditcli.models.lpips import LPIPS, load_lpips
 from ditcli.progress import say
 from ditcli.runs import RunDir
-from ditcli.training.batches import pick_images
+from ditcli.training.batches import other_order, pick_images
 from ditcli.training.checkpoints import save_checkpoint
 from ditcli.training.ema import ema_decay, update_average
 from ditcli.training.loop import apply_gradients, learning_rate, run_loop
@@ -36,7 +36,7 @@ from ditcli.training.metrics import Measured, Row, append_metrics, rewind_metric
 from ditcli.training.setup import check_same_settings, default_folder, open_run
 from ditcli.training.vae.discriminator import smallest_image
 from ditcli.training.vae.objective import backward
-from ditcli.training.vae.state import VaeState, load_state, make_network, new_state, start_codebook
+from ditcli.training.vae.state import VaeState, load_state, make_network, new_state, restore, start_codebook
 from ditcli.training.writer import Writer, telling
 
 # Pixels on which the scale of the latents is measured: 64 pictures of 256x256, 1024 of 64x64.
@@ -103,6 +103,7 @@ def _train(training: VaeTraining) -> None:
         take_step=training.take_step,
         save=training.save,
         draw=training.validate,
+        go_back=training.go_back,
         row_type=VaeRow,
     )
 
@@ -167,9 +168,12 @@ class VaeTraining:
     def images(self, step: int) -> Tensor:
         """uint8 images (N, 3, H, W) of a step: a function of seed and step."""
         config = self.config
-        rows = self.rows[pick_images(config.seed, step, config.batch_size, len(self.rows))]
+        order = self.state.order
+        rows = self.rows[pick_images(config.seed, step, config.batch_size, len(self.rows), order)]
         images = np.stack([self.pixels[row] for row in rows])
-        flipped = np.random.default_rng((config.seed, 1, step)).random(len(rows)) < 0.5 * config.flip
+        flipped = (
+            np.random.default_rng((config.seed, 1, step, *other_order(order))).random(len(rows)) < 0.5 * config.flip
+        )
         images[flipped] = images[flipped, ..., ::-1]
         return torch.from_numpy(images).to(self.device)
 
@@ -179,7 +183,7 @@ class VaeTraining:
         images = normalise(self.images(state.step)).contiguous(memory_format=torch.channels_last)
         factor = state.model.config.downsampling
         shape = (len(images), config.latent_channels, *(side // factor for side in images.shape[2:]))
-        generator = torch.Generator(self.device).manual_seed(_noise_seed(config.seed, state.step))
+        generator = torch.Generator(self.device).manual_seed(_noise_seed(config.seed, state.step, state.order))
         eps = torch.randn(shape, generator=generator, device=self.device)
         judged = config.gan_weight > 0 and state.step >= config.gan_start
         size = config.micro_batch or config.batch_size
@@ -206,6 +210,12 @@ class VaeTraining:
         state.losses.append(losses)
         state.step += 1
         return losses[0], norm
+
+    def go_back(self, checkpoint: Path) -> None:
+        """To the state of a checkpoint, with another order of the images to come."""
+        restore(self.state, checkpoint)
+        self.state.order += 1
+        rewind_metrics(self.run.validation_file, self.state.step, ValidationRow)
 
     def save(self) -> None:
         """Have a checkpoint written, then the averaged weights in `vae/`, unless that was done after this very step."""
@@ -259,5 +269,5 @@ class VaeTraining:
         return torch.from_numpy(np.stack([self.pixels[row] for row in rows]))
 
 
-def _noise_seed(seed: int, step: int) -> int:
-    return int(np.random.default_rng((seed, 5, step)).integers(2**63))
+def _noise_seed(seed: int, step: int, order: int) -> int:
+    return int(np.random.default_rng((seed, 5, step, *other_order(order))).integers(2**63))
