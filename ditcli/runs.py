@@ -196,7 +196,7 @@ def _parse(path: Path, metadata: Mapping[str, str], config_class: type[AnyConfig
         raise CheckpointError(f"{path} was not written by ditcli: its metadata does not say format {expected}.")
     try:
         return config_class.from_dict(json.loads(metadata["config"]))
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} has a config that this version does not understand: {error}") from error
 
 

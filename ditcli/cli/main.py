@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import sys
@@ -123,7 +124,8 @@ def _fail(message: str, code: int) -> int:
     """Tell of the error being handled; the cause of it, and of that, with --verbose."""
     if os.environ.get("DITCLI_DEBUG"):
         raise
-    click.echo(f"Error: {message}", err=True)
+    with contextlib.suppress(OSError):  # nobody listens
+        click.echo(f"Error: {message}", err=True)
     cause = sys.exception()
     while cause := cause and (cause.__cause__ or cause.__context__):
         say_more(f"Caused by {type(cause).__name__}: {cause}")

@@ -73,6 +73,8 @@ class SampleConfig(Config):
         fits = self.batch_size == "auto" if isinstance(self.batch_size, str) else self.batch_size > 0
         self._check("batch_size", fits, "auto or at least 1")
         self._check_at_least(1, "num", "steps", "cfg_channels", "cache")
+        self._check_at_most(1_000_000, "num")
+        self._check_at_most(100_000, "steps")
         self._check_at_least(0, "cfg", "seed", "eta", "to_seed")
         once = self.sampler not in ("heun", "midpoint", "rk4")
         self._check("cache", self.cache == 1 or once, f"1 with --sampler {self.sampler}, which calls in mid-step")

@@ -53,13 +53,15 @@ class FidConfig(Config):
     OF_MODELS: ClassVar[tuple[str, ...]] = ("num", "cfg", "steps", "sampler", "seed", "batch_size", "precision")
 
     def __post_init__(self) -> None:
+        self._check_types()
         words = tuple(word for text in self.metrics for word in text.lower().split(",") if word)
         object.__setattr__(self, "metrics", tuple(dict.fromkeys(words)))
-        self._check_types()
         for word in words:
             self._check("metrics", word in METRICS, f"of {', '.join(METRICS)}.{suggest(word, METRICS)}".rstrip("."))
         self._check_at_least(1, "image_size", "steps", "batch_size", "num_workers")
         self._check_at_least(2, "num")
+        self._check_at_most(1_000_000, "num")
+        self._check_at_most(100_000, "steps")
         self._check_at_least(0, "cfg", "seed")
         if self.features not in NETWORKS:
             self._check("weights", self.weights is None, f"left out with --features {self.features}")

@@ -123,6 +123,7 @@ class EncodeConfig(Config):
     def __post_init__(self) -> None:
         self._check_types()
         self._check_at_least(1, "image_size", "num", "shard_size", "batch_size", "num_workers")
+        self._check("lpips", self.lpips is None or self.reconstruct, "left out without --reconstruct")
         self._check_at_least(0, "tile")
         if self.per_image and self.shard_size is not None:
             raise SettingError(f"per-image and shard-size {self.shard_size} exclude each other: give one of them.")
@@ -153,6 +154,12 @@ class VaeConfig(Config):
     autoencoder: dict[str, Any]
     image_size: int
     step: int = 0
+
+    def __post_init__(self) -> None:
+        self._check_types()
+        self._check("autoencoder", isinstance(self.autoencoder, dict), "settings by name")
+        self._check_at_least(1, "image_size")
+        self._check_at_least(0, "step")
 
 
 VAE_PRESETS: dict[str, dict[str, Any]] = {

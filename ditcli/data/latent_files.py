@@ -137,9 +137,21 @@ class Moments:
 
     @classmethod
     def open(cls, folder: Path, manifest: dict[str, Any]) -> Moments:
-        """DataError where a file is missing or of another shape."""
+        """DataError where a file is missing, of another shape or outside the folder."""
+        try:
+            return cls._open(folder, manifest)
+        except (KeyError, TypeError, ValueError, OSError) as error:
+            raise DataError(f"the latents in {folder} are damaged ({error}): encode the pictures again.") from error
+
+    @classmethod
+    def _open(cls, folder: Path, manifest: dict[str, Any]) -> Moments:
         row, per_image = tuple(manifest["shape"]), manifest["per_image"]
         files = [folder / (PICTURES if per_image else "") / name for name in manifest["files"]]
+        outside = [name for name in manifest["files"] if Path(name).is_absolute() or ".." in Path(name).parts]
+        if outside:
+            raise DataError(
+                f"{folder / MANIFEST} names {outside[0]!r}, which leads out of the folder: do not trust it."
+            )
         missing = [file for file in files if not file.is_file()]
         if missing:
             raise DataError(f"{missing[0]} is missing: the latents in {folder} are not whole. Encode them again.")

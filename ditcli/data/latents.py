@@ -87,7 +87,7 @@ def open_latents(folder: Path) -> EncodedDataset | None:
             folder=folder,
             manifest=manifest,
         )
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
         raise CheckpointError(f"{folder / MANIFEST} is damaged ({error}): encode the pictures again.") from error
 
 

@@ -20,7 +20,7 @@ from ditcli.config import ModelConfig, TrainConfig, TrainVaeConfig, VaeConfig
 from ditcli.data.folders import ImageDataset, open_dataset
 from ditcli.data.latents import EncodedDataset, open_latents
 from ditcli.devices import choose_dtype, open_device
-from ditcli.errors import ResumeError
+from ditcli.errors import CheckpointError, ResumeError
 from ditcli.files import write_text
 from ditcli.hub import lasting_codec_name
 from ditcli.memory import kept_per_image
@@ -163,7 +163,11 @@ def check_same_settings(run: RunDir, config: TrainConfig | TrainVaeConfig, datas
     saved = run.read_config()
     if config.COMMAND not in saved:
         raise ResumeError(f"{run.path} is not of `ditcli {config.COMMAND}`: give another --out.")
-    before = type(config).from_dict(saved[config.COMMAND]).to_dict() | {"classes": saved["data"]["classes"]}
+    try:
+        before = type(config).from_dict(saved[config.COMMAND]).to_dict() | {"classes": saved["data"]["classes"]}
+        fingerprint = saved["data"]["fingerprint"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{run.config_file} is not understood by this version: {error}") from error
     now = _comparable(config).to_dict() | {"classes": list(dataset.class_names)}
     # The end of a cosine decides every rate on the way.
     free = set(config.RESUMABLE) - ({"steps"} if config.lr_schedule == "cosine" else set())
@@ -174,7 +178,7 @@ def check_same_settings(run: RunDir, config: TrainConfig | TrainVaeConfig, datas
             f"{run.path} holds a run of other settings:\n" + "\n".join(lines) + "\n"
             "Give the former ones to go on with it, or another --out to start anew."
         )
-    if saved["data"]["fingerprint"] != dataset.fingerprint():
+    if fingerprint != dataset.fingerprint():
         say(f"Note: the pictures in {config.data} changed since the run began.")
 
 
