@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -25,6 +27,7 @@ from ditcli.training.ema import average_of, ema_decay, update_average
 from ditcli.training.loop import learning_rate
 from ditcli.training.metrics import read_metrics, smooth
 from ditcli.training.objective import diffusion_loss
+from ditcli.training.record import git_state
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -144,10 +147,34 @@ def test_run_folder_explains_itself(tmp_path):
     assert saved["train"]["lr"] == 1e-3
     assert saved["model"]["class_names"][7] == "sneaker"
     assert saved["versions"]["torch"] == torch.__version__
+    assert saved["versions"]["numpy"] == np.__version__
+    assert saved["machine"]["device"]
+    assert saved["command"]
+    assert saved["train"]["seed"] == 0
+    assert saved["data"]["images"] == 6620
+    assert saved["data"]["bytes"] == 6620 * 28 * 28
+    assert len(saved["data"]["fingerprint"]) == 64
     model, config = load_dit(run.newest_checkpoint())
     raw, _ = load_dit(run.newest_checkpoint(), ema=False)
     assert config.step == 4
     assert not torch.equal(model.blocks[0].attn.qkv.weight, raw.blocks[0].attn.qkv.weight)
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="needs git")
+def test_the_commit_of_a_folder_is_known_where_git_keeps_it(tmp_path):
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false"]
+    for name in ("kept", "left-out"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("1")
+    assert git_state(tmp_path / "kept") is None
+    for command in ("init -q", "add kept", "commit -q -m first"):
+        subprocess.run([*git, *command.split()], check=True)
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    assert git_state(tmp_path / "kept") == commit
+    (tmp_path / "kept" / "file").write_text("2")
+    assert git_state(tmp_path / "kept") == f"{commit}-dirty"
+    assert git_state(tmp_path / "left-out") is None
+    assert git_state(tmp_path / "missing") is None
 
 
 def test_a_truncated_checkpoint_is_a_named_error(tmp_path):

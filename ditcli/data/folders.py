@@ -73,6 +73,10 @@ class ImageDataset(ABC):
     def load(self, index: int, size: int) -> np.ndarray:
         """The picture's centre square: uint8 (size, size, 3). Raises `UnreadableImageError`. Safe with threads."""
 
+    @abstractmethod
+    def num_bytes(self) -> int:
+        """What the pictures take on disk, or in memory where they have no files of their own."""
+
     def fingerprint(self) -> str:
         """Hex digest that changes when a name, a label, a class name or a picture does."""
         digest = hashlib.sha256(repr((self.class_names, len(self))).encode("utf-8", "surrogatepass"))
@@ -110,6 +114,10 @@ class FileDataset(ImageDataset):
         name = self.names[index]
         return load_square(os.path.join(self.folder, name), size, name)
 
+    def num_bytes(self) -> int:
+        paths = (os.path.join(self.folder, name) for name in self.names)
+        return sum(os.path.getsize(path) for path in paths if os.path.exists(path))
+
     def _content(self) -> Iterator[bytes]:
         """Names, sizes and times of change: reading the files would take as long as encoding them."""
         for name in self.names:
@@ -128,6 +136,9 @@ class ArrayDataset(ImageDataset):
 
     def load(self, index: int, size: int) -> np.ndarray:
         return fit_square(Image.fromarray(self.images[index]).convert("RGB"), size)
+
+    def num_bytes(self) -> int:
+        return self.images.nbytes
 
     def _content(self) -> Iterator[memoryview]:
         yield np.array(self.images.shape, dtype="<i8").data.cast("B")

@@ -66,6 +66,9 @@ class EncodedDataset(ImageDataset):
     def load(self, index: int, size: int) -> np.ndarray:
         raise DataError(f"{self.folder} holds latents, not pictures: give the folder that they were encoded from.")
 
+    def num_bytes(self) -> int:
+        return self.moments().nbytes
+
     def fingerprint(self) -> str:
         """Of the pictures and of the codec."""
         return self.manifest["fingerprint"]

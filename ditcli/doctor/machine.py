@@ -21,7 +21,7 @@ BF16_FROM = (8, 0)  # compute capability
 
 def check_cpu() -> Iterator[Finding]:
     cores = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
-    yield ok("cpu", f"{_cpu_name()}, {cores} cores, {num_threads()} threads")
+    yield ok("cpu", f"{cpu_name()}, {cores} cores, {num_threads()} threads")
     memory = psutil.virtual_memory()
     found = f"{memory.total / 1e9:.1f} GB, {memory.available / 1e9:.1f} GB of it free"
     if memory.available < 2e9:
@@ -141,7 +141,8 @@ def _has_nvidia_device() -> bool:
     return False
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """As the system calls it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

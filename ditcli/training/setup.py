@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import platform
 import re
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-import ditcli
 from ditcli.codecs.codec import Codec
 from ditcli.codecs.named import open_named_codec
 from ditcli.config import ModelConfig, TrainConfig, TrainVaeConfig, VaeConfig
@@ -38,6 +34,7 @@ from ditcli.training.finetune import (
     tuned_model,
     unfrozen,
 )
+from ditcli.training.record import describe_data, describe_run
 from ditcli.training.state import TrainState, load_state, new_state
 
 
@@ -192,20 +189,8 @@ def _write_config(
     values = {
         config.COMMAND: _comparable(config).to_dict(),
         "model": model.to_dict(),
-        "data": {
-            "layout": dataset.layout,
-            "images": len(dataset),
-            "classes": list(dataset.class_names),
-            "fingerprint": dataset.fingerprint(),
-        },
-        "command": sys.argv,
-        "device": str(device),
-        "versions": {
-            "ditcli": ditcli.__version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-        },
+        "data": describe_data(dataset, Path(config.data)),
+        **describe_run(device),
     }
     write_text(run.config_file, json.dumps(values, indent=2) + "\n")
 
