@@ -7,6 +7,7 @@ import psutil
 
 from ditcli.config import DiTConfig
 from ditcli.diffusion.denoiser import Denoiser
+from ditcli.diffusion.process import Array
 
 # Larger batches are no faster: a few images fill two cores, some hundred a GPU.
 MOST_AT_ONCE = {"cpu": 16, "cuda": 256}
@@ -15,10 +16,21 @@ SHARE_OF_FREE = 0.6  # the rest is for the decoder and for whoever else needs so
 
 def fitting_batch(denoiser: Denoiser, dit: DiTConfig, *, passes: int) -> int:
     """Images that can be drawn at a time in the free memory of the denoiser's device, `passes` of each per call."""
-    device = str(getattr(denoiser.from_numpy(np.zeros(1, dtype=np.float32)), "device", "cpu"))
-    kind = "cuda" if device.startswith("cuda") else "cpu"
-    fitting = int(SHARE_OF_FREE * free_memory(device) / (passes * bytes_per_image(dit)))
+    kind, free = _free_beside(denoiser.from_numpy(np.zeros(1, dtype=np.float32)))
+    fitting = int(SHARE_OF_FREE * free / (passes * bytes_per_image(dit)))
     return max(1, min(MOST_AT_ONCE[kind], fitting))
+
+
+def _free_beside(array: Array) -> tuple[str, int]:
+    """`cpu` or `cuda`, and the free bytes of the device on which an array of some runtime lies."""
+    device = array.device
+    pool = device.memory_stats() if hasattr(device, "memory_stats") else None  # JAX takes most of a GPU for itself
+    if pool:
+        return "cuda", pool["bytes_limit"] - pool["bytes_in_use"]
+    if "cuda" not in str(device).lower():
+        return "cpu", free_memory("cpu")
+    number = getattr(device, "id", getattr(device, "index", None))  # CuPy's, torch's
+    return "cuda", free_memory(f"cuda:{number or 0}")
 
 
 def fitting_micro_batch(

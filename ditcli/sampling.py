@@ -195,7 +195,7 @@ def _prepare(config: SampleConfig) -> Job:
     weaker = open_guide(config.guide_model, checkpoint, config) if config.guide_model else None
     names = denoiser.class_names
     if config.cache > 1:
-        if is_export(checkpoint):
+        if is_export(checkpoint) or config.backend == "jax":
             raise SettingError(f"cache is {config.cache}, but only the torch backend sees single blocks: leave it out.")
         from ditcli.denoisers.forecast import cache_blocks
 

@@ -11,7 +11,7 @@ from ditcli.errors import SettingError
 
 SamplerName = Literal["ddim", "ddpm", "euler", "heun", "midpoint", "rk4", "lms", "dpm++2m", "dpm++2m-sde", "unipc"]
 Walk = Literal["seeds", "labels"]
-Backend = Literal["auto", "torch", "onnx"]
+Backend = Literal["auto", "torch", "onnx", "jax"]
 ExportDtype = Literal["fp32", "fp16"]
 
 
@@ -64,7 +64,9 @@ class SampleConfig(Config):
     vae: str | None = option(None, "Decode with this VAE instead of the one the model was trained with.")
     device: str = option("auto", "auto, cpu, cuda or cuda:N.")
     precision: Precision = option("fp32", "auto is bf16 where the hardware has it.", choices=Precision)
-    backend: Backend = option("auto", "auto is onnx for an exported model and the embedded one.", choices=Backend)
+    backend: Backend = option(
+        "auto", "auto is onnx for an exported model and the embedded one; jax needs ditcli[jax].", choices=Backend
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self.batch_size, str) and self.batch_size.isdigit():

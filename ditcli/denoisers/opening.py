@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,6 +15,9 @@ from ditcli.diffusion.denoiser import Denoiser
 from ditcli.errors import ModelNotFoundError, SettingError
 from ditcli.progress import say
 from ditcli.runs import DECODER, DENOISER, export_folder
+
+if TYPE_CHECKING:
+    from ditcli.codecs.codec import Codec
 
 Decode = Callable[[np.ndarray], np.ndarray]  # float32 latents (N, C, h, w) -> uint8 images (N, H, W, 3)
 Opened = tuple[Denoiser, Decode, ModelConfig]
@@ -26,10 +30,10 @@ def find_model(name: str | None, backend: Backend = "auto") -> Path:
     ModelNotFoundError where there is none, SettingError for an export where torch was asked for.
     """
     path = hub.find_checkpoint(name)
-    if is_export(path) and backend == "torch":
-        raise SettingError(f"backend is 'torch', but {path} is an ONNX file: give the run it was exported from.")
+    if is_export(path) and backend in ("torch", "jax"):
+        raise SettingError(f"backend is {backend!r}, but {path} is an ONNX file: give the run it was exported from.")
     if path == hub.EMBEDDED_MODEL:
-        return path if backend == "torch" else path.with_name(DENOISER)
+        return path if backend in ("torch", "jax") else path.with_name(DENOISER)
     if is_export(path) or backend != "onnx":
         return path
     export = export_folder(path) / DENOISER
@@ -48,7 +52,9 @@ def is_export(path: Path) -> bool:
 
 def open_model(path: Path, config: SampleConfig) -> Opened:
     """The denoiser of a file, the decoder of its latents, and what the file says of itself."""
-    return _open_onnx(path, config) if is_export(path) else _open_torch(path, config)
+    if is_export(path):
+        return _open_onnx(path, config)
+    return _open_jax(path, config) if config.backend == "jax" else _open_torch(path, config)
 
 
 def open_guide(name: str, model: Path, config: SampleConfig) -> Denoiser:
@@ -89,10 +95,38 @@ def _open_torch(checkpoint: Path, config: SampleConfig) -> Opened:
     adapter = hub.find_checkpoint(config.adapter) if config.adapter and config.model else None
     denoiser, model = open_denoiser(checkpoint, ema=config.ema, adapter=adapter, device=device, dtype=dtype)
     codec = open_named_codec(config.vae or model.codec, device=device, dtype=dtype)
+    _check_codec(codec, denoiser, model)
+    return denoiser, numpy_decoder(codec), model
+
+
+def _open_jax(checkpoint: Path, config: SampleConfig) -> Opened:
+    """The network in JAX; checkpoints are read, and latents are decoded, by torch on the CPU."""
+    _need_torch(str(checkpoint))
+    try:
+        import jax  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise SettingError(
+            "backend is 'jax', but JAX is not installed: `pip install 'ditcli[jax]'`, or leave --backend out."
+        ) from error
+    if config.precision == "bf16":
+        raise SettingError("precision is 'bf16', but the jax backend computes in fp32: leave it out.")
+    import torch
+
+    from ditcli.codecs.codec import numpy_decoder
+    from ditcli.codecs.named import open_named_codec
+    from ditcli.denoisers.jax_denoiser import open_denoiser
+
+    adapter = hub.find_checkpoint(config.adapter) if config.adapter and config.model else None
+    denoiser, model = open_denoiser(checkpoint, ema=config.ema, adapter=adapter, device=config.device)
+    codec = open_named_codec(config.vae or model.codec, device=torch.device("cpu"), dtype=torch.float32)
+    _check_codec(codec, denoiser, model)
+    return denoiser, numpy_decoder(codec), model
+
+
+def _check_codec(codec: Codec, denoiser: Denoiser, model: ModelConfig) -> None:
     shape = codec.latent_shape(model.image_size, model.image_size)
     if shape != denoiser.input_shape:
         raise SettingError(f"vae {codec.name} has latents of {shape}, but the model's are {denoiser.input_shape}.")
-    return denoiser, numpy_decoder(codec), model
 
 
 def _open_onnx(path: Path, config: SampleConfig) -> Opened:

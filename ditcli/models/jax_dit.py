@@ -1,0 +1,149 @@
+"""The networks of `dit` and `conv` in JAX: a pure function over the same weights, by the same names.
+
+Shapes: N images, T patches, D width, C channels, H x W input, p patch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from ditcli.config import DiTConfig
+
+Weights = Mapping[str, Array]
+
+
+def apply(weights: Weights, config: DiTConfig, x: Array, t: Array, labels: Array) -> Array:
+    """What the torch module makes of x (N, C, H, W), the network's time t (N,) and integer labels (N,)."""
+    if not config.conv_widths:
+        return _dit(weights, config, x, t, labels)
+    skips = [x]  # (N, C, H, W), (N, W0, H/2, W/2), ...
+    last = len(config.conv_widths) - 1
+    for i in range(last):
+        skips.append(jax.nn.silu(_convolve(weights, f"down.{i}", skips[-1], stride=2, padding=1)))
+    x = _convolve(weights, f"down.{last}", skips[-1], stride=2, padding=1)
+    x = _dit(weights, config, x, t, labels)
+    for i, skip in enumerate(reversed(skips)):
+        joined = jnp.concatenate([_double(weights, f"up.{i}", x), skip], axis=1)
+        x = jax.nn.silu(_convolve(weights, f"merge.{i}", joined, stride=1, padding=1))
+    return _convolve(weights, "output", x, stride=1, padding=1)  # (N, C, H, W)
+
+
+def _dit(weights: Weights, config: DiTConfig, x: Array, t: Array, labels: Array) -> Array:
+    p, conditioning = config.patch_size, config.conditioning
+    height, width = x.shape[2] // p, x.shape[3] // p
+    x = _convolve(weights, "x_embedder.proj", x, stride=p, padding=0)  # (N, D, H/p, W/p)
+    x = x.reshape(*x.shape[:2], -1).swapaxes(1, 2) + _positions(height, width, config.width)  # (N, T, D)
+    time = _embed_time(weights, t, config.frequency_divisor)  # (N, D)
+    label = weights["y_embedder.embedding_table.weight"][labels]  # (N, D)
+    c = jax.nn.silu(time + label)  # (N, D)
+    tokens = jnp.stack([time, label], axis=1)  # (N, 2, D)
+    if conditioning == "in-context":
+        x = jnp.concatenate([tokens, x], axis=1)  # (N, 2 + T, D)
+    for i in range(config.depth):
+        x = _block(weights, f"blocks.{i}", config, x, c, tokens)
+    x = x[:, -height * width :]  # (N, T, D)
+    if conditioning.startswith("adaln"):
+        shift, scale = jnp.split(_linear(weights, "final_layer.adaLN_modulation.1", c), 2, axis=1)
+        x = _modulate(_norm(x, 1e-6), shift, scale)
+    else:
+        x = _scaled_norm(weights, "final_layer.norm_final", x, 1e-6)
+    x = _linear(weights, "final_layer.linear", x).reshape(-1, height, width, p, p, _out_channels(config))
+    return x.transpose(0, 5, 1, 3, 2, 4).reshape(len(x), -1, height * p, width * p)  # (N, C, H, W)
+
+
+def _block(weights: Weights, name: str, config: DiTConfig, x: Array, c: Array, tokens: Array) -> Array:
+    """One of the four ways of conditioning (paper section 3.2), as in `dit`; c (N, D) is after its activation."""
+    heads, mlp_eps = config.num_heads, config.mlp_norm_eps
+    match config.conditioning:
+        case "adaln-zero":
+            parts = jnp.split(_linear(weights, f"{name}.adaLN_modulation.1", c), 6, axis=1)  # (N, D) each
+            shift1, scale1, gate1, shift2, scale2, gate2 = parts
+            x = x + gate1[:, None] * _attend(weights, f"{name}.attn", _modulate(_norm(x, 1e-6), shift1, scale1), heads)
+            return x + gate2[:, None] * _mlp(weights, f"{name}.mlp", _modulate(_norm(x, mlp_eps), shift2, scale2))
+        case "adaln":
+            parts = jnp.split(_linear(weights, f"{name}.adaLN_modulation.1", c), 4, axis=1)
+            shift1, scale1, shift2, scale2 = parts
+            x = x + _attend(weights, f"{name}.attn", _modulate(_norm(x, 1e-6), shift1, scale1), heads)
+            return x + _mlp(weights, f"{name}.mlp", _modulate(_norm(x, mlp_eps), shift2, scale2))
+        case "cross-attention":
+            x = x + _attend(weights, f"{name}.attn", _scaled_norm(weights, f"{name}.norm1", x, 1e-6), heads)
+            normed = _scaled_norm(weights, f"{name}.norm2", x, 1e-6)
+            x = x + _attend_to(weights, f"{name}.cross_attn", normed, tokens, heads)
+            return x + _mlp(weights, f"{name}.mlp", _scaled_norm(weights, f"{name}.norm3", x, mlp_eps))
+        case "in-context":
+            x = x + _attend(weights, f"{name}.attn", _scaled_norm(weights, f"{name}.norm1", x, 1e-6), heads)
+            return x + _mlp(weights, f"{name}.mlp", _scaled_norm(weights, f"{name}.norm2", x, mlp_eps))
+
+
+def _attend(weights: Weights, name: str, x: Array, heads: int) -> Array:
+    qkv = _linear(weights, f"{name}.qkv", x).reshape(*x.shape[:2], 3, heads, -1)  # (N, T, 3, heads, d)
+    attended = jax.nn.dot_product_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])  # (N, T, heads, d)
+    return _linear(weights, f"{name}.proj", attended.reshape(x.shape))  # (N, T, D)
+
+
+def _attend_to(weights: Weights, name: str, x: Array, tokens: Array, heads: int) -> Array:
+    q = _linear(weights, f"{name}.q", x).reshape(*x.shape[:2], heads, -1)  # (N, T, heads, d)
+    kv = _linear(weights, f"{name}.kv", tokens).reshape(*tokens.shape[:2], 2, heads, -1)  # (N, 2, 2, heads, d)
+    attended = jax.nn.dot_product_attention(q, kv[:, :, 0], kv[:, :, 1])  # (N, T, heads, d)
+    return _linear(weights, f"{name}.proj", attended.reshape(x.shape))  # (N, T, D)
+
+
+def _mlp(weights: Weights, name: str, x: Array) -> Array:
+    return _linear(weights, f"{name}.fc2", jax.nn.gelu(_linear(weights, f"{name}.fc1", x), approximate=True))
+
+
+def _embed_time(weights: Weights, t: Array, divisor: int) -> Array:
+    frequencies = jnp.exp(-math.log(10000) * jnp.arange(128, dtype=jnp.float32) / divisor)
+    angles = t[:, None] * frequencies
+    hidden = _linear(weights, "t_embedder.mlp.0", jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1))
+    return _linear(weights, "t_embedder.mlp.2", jax.nn.silu(hidden))
+
+
+def _positions(height: int, width: int, dim: int) -> Array:
+    """`dit.sincos_positions`: (height * width, dim), half of `dim` for the column, half for the row."""
+    omega = 10000 ** -(jnp.arange(dim // 4, dtype=jnp.float32) / (dim // 4))
+    of_row, of_column = (
+        jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+        for angles in (jnp.arange(side, dtype=jnp.float32)[:, None] * omega for side in (height, width))
+    )
+    shape = (height, width, dim // 2)
+    both = [jnp.broadcast_to(of_column[None], shape), jnp.broadcast_to(of_row[:, None], shape)]
+    return jnp.concatenate(both, axis=-1).reshape(height * width, dim)
+
+
+def _linear(weights: Weights, name: str, x: Array) -> Array:
+    return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
+
+
+def _norm(x: Array, eps: float) -> Array:
+    return (x - x.mean(axis=-1, keepdims=True)) * lax.rsqrt(x.var(axis=-1, keepdims=True) + eps)
+
+
+def _scaled_norm(weights: Weights, name: str, x: Array, eps: float) -> Array:
+    return _norm(x, eps) * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+
+
+def _modulate(x: Array, shift: Array, scale: Array) -> Array:
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+def _convolve(weights: Weights, name: str, x: Array, *, stride: int, padding: int) -> Array:
+    y = lax.conv(x, weights[f"{name}.weight"], (stride, stride), [(padding, padding)] * 2)
+    return y + weights[f"{name}.bias"][:, None, None]
+
+
+def _double(weights: Weights, name: str, x: Array) -> Array:
+    """torch's ConvTranspose2d of kernel 4, stride 2 and padding 1: a convolution of x with zeros in between."""
+    kernel = jnp.flip(weights[f"{name}.weight"], (2, 3)).swapaxes(0, 1)
+    y = lax.conv_general_dilated(x, kernel, (1, 1), [(2, 2)] * 2, lhs_dilation=(2, 2))
+    return y + weights[f"{name}.bias"][:, None, None]
+
+
+def _out_channels(config: DiTConfig) -> int:
+    """Of the DiT itself: between convolutions it gives as many channels as it takes."""
+    return config.conv_widths[-1] if config.conv_widths else config.out_channels
