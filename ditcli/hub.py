@@ -100,9 +100,16 @@ def find_codec(name: str) -> Path:
 
 
 def lasting_codec_name(name: str) -> str:
-    """The name that leads to the same codec from any folder."""
-    local = _local_codec(name) if name != "pixels" else None
-    return portable_name(local) if local else name
+    """The name that leads to the same codec from any folder and at any time: of a Hub repository with its commit."""
+    return name if name == "pixels" else portable_name(_local_codec(name) or find_codec(name))
+
+
+def is_pinned(lasting: str, name: str) -> bool:
+    """Whether `lasting` names a commit of the Hub repository, and the place in it, that `name` does."""
+    pinned, wanted = HubName.parse(lasting), HubName.parse(name)
+    if pinned is None or wanted is None or pinned.revision is None:
+        return False
+    return pinned.repo == wanted.repo and wanted.inside in ("", pinned.inside)
 
 
 def find_lpips(name: str | None) -> Path:

@@ -103,7 +103,7 @@ def write_folder(folder: Path, checkpoint: Path, config: PushConfig) -> None:
     about = _about(checkpoint, shared)
     (folder / "config.json").write_text(json.dumps(about, indent=2) + "\n")
     if run.metrics_file.is_file():
-        shutil.copyfile(run.metrics_file, folder / "metrics.csv")
+        _copy_own(run, run.metrics_file, folder / "metrics.csv")
     _add_grid(folder / "samples.png", checkpoint, run)
     rows = read_metrics(run.metrics_file, Row)
     facts = describe(str(checkpoint))
@@ -128,11 +128,18 @@ def _about(checkpoint: Path, model: ModelConfig) -> dict[str, Any]:
     }
 
 
+def _copy_own(run: runs.RunDir, path: Path, other: Path) -> None:
+    """Copy a file of a run; SettingError for a link out of it, which would publish a file of somewhere else."""
+    if not path.resolve().is_relative_to(run.path.resolve()):
+        raise SettingError(f"{path} is a link to {path.resolve()}, out of the run: put the file itself there.")
+    shutil.copyfile(path, other)
+
+
 def _add_grid(path: Path, checkpoint: Path, run: runs.RunDir) -> None:
     """The run's last sample grid, or one drawn now."""
     grids = sorted(run.samples.glob("step-*.png")) if runs.is_run(run.path) else []
     if grids:
-        shutil.copyfile(grids[-1], path)
+        _copy_own(run, grids[-1], path)
         return
     say("The run has no sample grid: drawing one.")
     names = read_model(checkpoint)[0].class_names[:MOST_CLASSES_IN_A_GRID]

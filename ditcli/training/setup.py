@@ -18,7 +18,7 @@ from ditcli.data.latents import EncodedDataset, open_latents
 from ditcli.devices import choose_dtype, open_device
 from ditcli.errors import CheckpointError, ResumeError
 from ditcli.files import write_text
-from ditcli.hub import lasting_codec_name
+from ditcli.hub import is_pinned, lasting_codec_name
 from ditcli.memory import kept_per_image
 from ditcli.models.conv import make_network
 from ditcli.progress import say
@@ -65,10 +65,11 @@ def prepare(config: TrainConfig) -> Setup:
     source = open_source(config, run)
     if source is not None:
         config = settle(config, source)
-    codec = open_named_codec(config.codec, device=device, dtype=dtype)
+    codec_name = _codec_of(run, config.codec)
+    codec = open_named_codec(codec_name, device=device, dtype=dtype)
     shape = codec.latent_shape(config.image_size, config.image_size)
     names = dataset.class_names
-    codec_name = lasting_codec_name(config.codec)
+    codec_name = lasting_codec_name(codec_name)
     if source is not None:
         check_codec(config, source, codec)
         model = tuned_model(source, config, shape=shape, class_names=names, codec=codec_name)
@@ -83,6 +84,13 @@ def prepare(config: TrainConfig) -> Setup:
             class_names=names,
         )
     return Setup(config, model, run, dataset, codec, device, dtype, source)
+
+
+def _codec_of(run: RunDir, name: str) -> str:
+    """The codec's name; where a run goes on, with the commit it began with, whatever became of the repository since."""
+    model = run.read_config().get("model") if run.saved_steps() else None
+    lasting = model.get("codec") if isinstance(model, dict) else None
+    return lasting if isinstance(lasting, str) and is_pinned(lasting, name) else name
 
 
 def _fit_latents(config: TrainConfig, dataset: EncodedDataset) -> TrainConfig:
