@@ -4,8 +4,8 @@
     python scripts/bench_train.py cuda
 
 Latents are 4 x 32 x 32, of 1000 classes. A step of ours is that of `ditcli train`: batch, noise, forward, loss,
-backward, AdamW and EMA. Around DiTTransformer2DModel of the same size it is the loop that everybody writes: mean squared
-error, AdamW with its defaults, and an average updated weight by weight; neither learns a variance.
+backward, AdamW and EMA. Around DiTTransformer2DModel of the same size it is the loop that everybody writes: mean
+squared error, AdamW with its defaults, and an average updated weight by weight; neither learns a variance.
 
 `cpu` trains DiT-S/2 in batches of 16. Candidates take turns, so that what else the machine does hits all alike; numbers
 are medians, with the slowest and the fastest turn behind them.

@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import TINY, assert_same_run, run_tiny, start
 
-from ditcli.config import DiTConfig, TrainConfig
+from ditcli.codecs.pixels import PixelCodec
+from ditcli.config import DiTConfig, ModelConfig, TrainConfig
+from ditcli.data.latents import Latents
 from ditcli.devices import bf16_peak, bf16_peak_of
+from ditcli.diffusion.process import Diffusion
 from ditcli.errors import SettingError
 from ditcli.memory import kept_per_image
 from ditcli.models.dit import DiT
 from ditcli.models.flops import training_flops
 from ditcli.runs import RunDir, state_file
+from ditcli.training.batches import Batches
 from ditcli.training.loop import apply_gradients
 from ditcli.training.metrics import read_metrics
-from ditcli.training.state import make_optimizer
-from ditcli.training.step import next_micro_batch
+from ditcli.training.setup import Setup
+from ditcli.training.state import make_optimizer, new_state
+from ditcli.training.step import Steps, next_micro_batch
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -54,6 +62,57 @@ def test_a_gradient_that_is_not_finite_changes_neither_weights_nor_moments(clip,
     step(1.0)
     assert not torch.equal(before[0], model.weight)
     assert model.weight.isfinite().all()
+
+
+OUT_OF_MEMORY = """
+import resource, sys, psutil
+from ditcli.config import TrainConfig
+from ditcli.training.train import train
+settings, out, room = eval(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+train(TrainConfig.from_dict(settings | {"out": out + "-first", "steps": 1, "batch_size": 16}))  # now all is loaded
+most = psutil.Process().memory_info().vms + room
+resource.setrlimit(resource.RLIMIT_AS, (most, most))
+train(TrainConfig.from_dict(settings | {"out": out}))
+"""
+
+
+def test_out_of_memory_halves_the_micro_batch_aloud_and_keeps_the_step(tmp_path):
+    settings = TINY | {"steps": 2, "batch_size": 2048, "log_every": 1}
+    whole = run_tiny(tmp_path / "whole", **settings)
+    words = [repr(settings), str(tmp_path / "parts"), str(350_000_000)]
+    done = subprocess.run([sys.executable, "-c", OUT_OF_MEMORY, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Out of memory with 2048 images at a time: going on with 1024." in done.stderr
+    rows = [read_metrics(run.metrics_file) for run in (whole, RunDir(tmp_path / "parts"))]
+    for one, other in zip(*rows, strict=True):
+        assert one.loss == pytest.approx(other.loss, rel=1e-5)
+        assert one.grad_norm == pytest.approx(other.grad_norm, rel=1e-4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("learn_sigma", [False, True])
+def test_a_step_waits_for_no_gpu(learn_sigma):
+    device = torch.device("cuda")
+    changes = {"device": "cuda", "learn_sigma": learn_sigma, "clip_grad": 1.0, "batch_size": 4, "micro_batch": 2}
+    config = TrainConfig.from_dict(TINY | changes)
+    dit = config.dit(input_shape=(3, 4, 4), num_classes=10)
+    model = ModelConfig(
+        dit=dit, diffusion=config.diffusion(), codec="pixels", image_size=4, class_names=tuple("0123456789")
+    )
+    setup = Setup(config, model, RunDir(Path("unused")), None, PixelCodec(), device, torch.bfloat16)
+    moments = np.random.default_rng(0).integers(0, 256, (10, 1, 3, 4, 4), dtype=np.uint8)
+    diffusion, latents = Diffusion(model.diffusion), Latents(moments, np.arange(10), ())
+    batches = Batches(latents, setup.codec, diffusion, config, num_classes=10, device=device)
+    steps = Steps(setup, new_state(config, model, device), batches, diffusion)
+    for _ in range(3):
+        steps.take()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            steps.take()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert steps.take()[0].isfinite()
 
 
 def test_micro_batches_divide_the_batch():
