@@ -28,6 +28,7 @@ COMMANDS = {
     "info": ("info", "Say what a model is: architecture, size, training, diffusion, codec."),
     "doctor": ("doctor", "Check this machine: packages, GPUs, runtimes, disk, the Hub, speed."),
     "completion": ("completion", "Print the script with which Tab completes in bash, zsh or fish."),
+    "ema": ("ema", "Average a run's weights over another length than in training."),
     "demo": ("demo", "Train a small DiT on the embedded pictures and draw from it, in a few minutes."),
 }
 

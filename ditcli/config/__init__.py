@@ -7,6 +7,7 @@ field, its value and what is allowed.
 
 from ditcli.config.base import Config, Loss, Precision, WhenDiskFull, option, suggest
 from ditcli.config.doctor import DoctorConfig
+from ditcli.config.ema import EmaConfig
 from ditcli.config.model import (
     CONV_DIT,
     CONV_WIDTHS,
@@ -44,6 +45,7 @@ __all__ = [
     "DiTConfig",
     "DiffusionConfig",
     "DoctorConfig",
+    "EmaConfig",
     "EncodeConfig",
     "ExportConfig",
     "ExportDtype",

@@ -90,6 +90,9 @@ class TrainConfig(Config):
     clip_grad: float = option(0.0, "Clip the gradient norm to this; 0 leaves it.")
     ema_decay: float = option(0.9999, "Decay of the averaged weights that samples are drawn from.")
     ema_warmup: bool = option(True, "Let the decay rise as (1 + step) / (10 + step).")
+    ema_snapshot_every: int = option(
+        0, "Steps between snapshots for `ditcli ema`, each of twice the weights' size; 0 keeps none."
+    )
 
     seed: int = option(0, "Seed of everything random.")
     device: str = option("auto", "auto, cpu, cuda or cuda:N.")
@@ -156,7 +159,7 @@ class TrainConfig(Config):
         if self.schedule != "flow" and self.num_timesteps is not None:
             most = f"at most num-timesteps, {self.num_timesteps}"
             self._check("sample_steps", self.sample_steps <= self.num_timesteps, most)
-        self._check_at_least(0, "sample_cfg", "eval_every", "eval_cfg")
+        self._check_at_least(0, "ema_snapshot_every", "sample_cfg", "eval_every", "eval_cfg")
         self._check_at_least(2, "eval_num")
         self._check_at_least(1, "eval_steps")
         if not self.eval_every:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -113,6 +114,7 @@ def describe(setup: Setup) -> dict[str, object]:
         trainable = sum(p.numel() for p in unfrozen(network))
     micro_batch = config.micro_batch if isinstance(config.micro_batch, int) else config.batch_size
     activations = micro_batch * kept_per_image(dit, setup.dtype.itemsize, checkpointed=config.checkpoint_activations)
+    snapshots = math.ceil(config.steps / config.ema_snapshot_every) if config.ema_snapshot_every else 0
     return {
         "run": str(setup.run.path),
         "images": len(setup.dataset),
@@ -124,7 +126,8 @@ def describe(setup: Setup) -> dict[str, object]:
         "precision": "bf16" if setup.dtype == torch.bfloat16 else "fp32",
         "steps": config.steps,
         "epochs": round(config.steps * config.batch_size / len(setup.dataset), 2),
-        "memory_gb": round((4 * parameters + 16 * trainable + activations) / 1e9, 2),
+        "memory_gb": round((4 * parameters + (24 if snapshots else 16) * trainable + activations) / 1e9, 2),
+        "snapshots_gb": round(8 * trainable * snapshots / 1e9, 2),
     }
 
 

@@ -19,6 +19,7 @@ from ditcli.training.ema import average_of
 from ditcli.training.finetune import Source, carry_over, choose_trainable, unfrozen
 from ditcli.training.metrics import NOISE_LEVELS
 from ditcli.training.muon import MuonAndAdamW
+from ditcli.training.power_ema import PowerAverages
 
 
 @dataclass
@@ -36,6 +37,7 @@ class TrainState:
     order: int = 0
     seconds: float = 0.0
     losses: list[Tensor] = field(default_factory=list)
+    powers: PowerAverages | None = None
 
     def weights(self) -> dict[str, Tensor]:
         """The averaged ones, for a checkpoint."""
@@ -45,6 +47,7 @@ class TrainState:
         """All of it but the average, for a file."""
         tensors = {RAW + name: value for name, value in self.model.state_dict().items() if name in self.kept}
         tensors |= optimizer_tensors(self.model, self.optimizer)
+        tensors |= self.powers.values if self.powers else {}
         losses = torch.stack(self.losses).cpu() if self.losses else torch.zeros(0)
         seconds = torch.tensor(self.seconds, dtype=torch.float64)
         return tensors | {"seconds": seconds, "losses": losses, "order": torch.tensor(self.order)}
@@ -63,7 +66,8 @@ def new_state(
     fresh = carry_over(source, network, model.class_names) if source else set()
     kept = choose_trainable(network, config, fresh)
     network = network.to(device)
-    return TrainState(network, average_of(network), make_optimizer(network, config), kept)
+    powers = PowerAverages(network) if config.ema_snapshot_every else None
+    return TrainState(network, average_of(network), make_optimizer(network, config), kept, powers=powers)
 
 
 def load_state(
@@ -86,6 +90,8 @@ def restore(state: TrainState, checkpoint: Path) -> None:
     state.step = read_model_config(checkpoint).step
     try:
         load_optimizer(state.model, state.optimizer, saved)
+        if state.powers:
+            state.powers.load(saved)
         losses = saved["losses"].to(next(state.model.parameters()).device)
         if losses.ndim == 1:  # of version 0.1, which did not tell noise levels apart
             losses = nn.functional.pad(losses[:, None], (0, 2 * NOISE_LEVELS))

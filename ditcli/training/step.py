@@ -60,6 +60,8 @@ class Steps:
         update_average(state.average, state.model, ema_decay(config.ema_decay, state.step, warmup=config.ema_warmup))
         state.losses.append(measured)
         state.step += 1
+        if state.powers:
+            state.powers.update(state.step)
         return measured[0], norm
 
     def _backward(self, batch: Batch) -> Tensor:

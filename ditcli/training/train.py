@@ -28,6 +28,7 @@ from ditcli.training.checkpoints import save_checkpoint
 from ditcli.training.finetune import unfrozen
 from ditcli.training.loop import run_loop
 from ditcli.training.metrics import DiffusionRow, write_metrics
+from ditcli.training.power_ema import forget_snapshots, snapshot_file, write_snapshot
 from ditcli.training.setup import Setup, check_same_settings, prepare, start_or_resume
 from ditcli.training.state import TrainState, restore
 from ditcli.training.step import Steps
@@ -73,6 +74,8 @@ def _train(setup: Setup, writer: Writer) -> None:
         latents, setup.codec, diffusion, config, num_classes=setup.model.dit.num_classes, device=setup.device
     )
     batches.order = state.order
+    forget_snapshots(run, state.step)
+    _store_averages(setup, state, writer)  # the process may have been killed just before
     parameters, trained = (sum(p.numel() for p in ps) for ps in (state.model.parameters(), unfrozen(state.model)))
     precision = "bf16" if setup.dtype == torch.bfloat16 else "fp32"
     share = f"{trained / 1e6:.2f} M of " if trained < parameters else ""
@@ -109,9 +112,19 @@ def _peak_rate(setup: Setup) -> float | None:
 
 def _go_back(checkpoint: Path, state: TrainState, batches: Batches, best: BestWeights) -> None:
     restore(state, checkpoint)
+    forget_snapshots(best.run, state.step)
     state.order += 1
     batches.order = state.order
     best.rewind(state.step)
+
+
+def _store_averages(setup: Setup, state: TrainState, writer: Writer) -> None:
+    """Where it is time have a snapshot written, unless that was done."""
+    every, step = setup.config.ema_snapshot_every, state.step
+    due = state.powers and step and (step % every == 0 or step == setup.config.steps)
+    if state.powers and due and not snapshot_file(setup.run, step).is_file():
+        values = writer.copy(state.powers.values, "snapshot.")
+        writer.submit(lambda: write_snapshot(setup.run, step, values))
 
 
 def _judge(
@@ -119,6 +132,7 @@ def _judge(
 ) -> bool:
     """Where it is time, score samples of the averaged weights, or look at the loss; whether they were scored."""
     config, last = setup.config, state.step == setup.config.steps
+    _store_averages(setup, state, best.writer)
     if score and (state.step % config.eval_every == 0 or last):
         value = score(as_denoiser(state.average, setup.model, dtype=setup.dtype), numpy_decoder(setup.codec))
         best.judge_score(state.step, value, save=lambda: _save(setup, state, best.writer))
