@@ -311,6 +311,15 @@ def test_a_model_is_scored_by_what_it_draws(ditcli, fid, run, tmp_path):
     assert scored["fake"]["layout"] == "model of step 2, cfg 2, 3 steps of ddim, precision fp32"
 
 
+def test_a_model_between_convolutions_is_scored_too(fid, tmp_path):
+    settings = {"data": "fashion-mnist", "model": "conv-dit", "image_size": 28, "conv_widths": (8, 4), "patch_size": 1}
+    settings |= {"width": 32, "depth": 1, "num_heads": 2, "batch_size": 4, "steps": 1, "sample_every": 0}
+    path = train(TrainConfig.from_dict(settings | {"device": "cpu", "out": str(tmp_path / "conv")})).path
+    scored = fid(write(tmp_path / "real", pictures(0, 20, 40, 40)), path, "--num", 20, "--steps", 2)
+    assert scored["fake"]["sizes"] == {"28x28": 20}
+    assert values(scored)["fid"] > 0
+
+
 def test_labels_are_drawn_as_often_as_the_data_has_them():
     assert spread_labels([1, 1], 4) == [0, 0, 1, 1]
     for counts in ([2517, 2042], [1, 0, 7], [5]):
