@@ -34,11 +34,11 @@ def _free_beside(array: Array) -> tuple[str, int]:
 
 
 def fitting_micro_batch(
-    dit: DiTConfig, batch_size: int, *, device: str, bytes_per_number: int, checkpointed: bool
+    dit: DiTConfig, batch_size: int, *, device: str, bytes_per_number: int, checkpointed: bool, reserved: int
 ) -> int:
-    """The largest divisor of a training's batch whose activations fit beside the weights, which are on the device."""
+    """The largest divisor of a training's batch whose activations fit into the free memory, less `reserved` bytes."""
     kept = kept_per_image(dit, bytes_per_number, checkpointed=checkpointed)
-    fitting = int(SHARE_OF_FREE * free_memory(device) / kept)
+    fitting = int(SHARE_OF_FREE * (free_memory(device) - reserved) / kept)
     return max(size for size in range(1, batch_size + 1) if batch_size % size == 0 and size <= max(1, fitting))
 
 

@@ -20,7 +20,7 @@ from ditcli.data.latents import Latents
 from ditcli.devices import bf16_peak, bf16_peak_of
 from ditcli.diffusion.process import Diffusion
 from ditcli.errors import SettingError
-from ditcli.memory import kept_per_image
+from ditcli.memory import SHARE_OF_FREE, fitting_micro_batch, free_memory, kept_per_image
 from ditcli.models.dit import DiT
 from ditcli.models.flops import training_flops
 from ditcli.runs import RunDir, state_file
@@ -238,6 +238,14 @@ def test_a_compiled_step_is_the_same_step(tmp_path):
         for one, other in zip(*rows, strict=True):
             assert one.loss == pytest.approx(other.loss, rel=1e-4)
             assert one.grad_norm == pytest.approx(other.grad_norm, rel=1e-3)
+
+
+def test_the_micro_batch_is_the_largest_divisor_that_fits():
+    dit = TrainConfig(model="DiT-XL/2").dit(input_shape=(4, 32, 32), num_classes=1000)
+    size = {"device": "cpu", "bytes_per_number": 4, "checkpointed": False}
+    for images, expected in {100: 12, 9: 6, 0: 1}.items():  # what others take meanwhile is less than three images
+        room = int(images * kept_per_image(dit, 4) / SHARE_OF_FREE)
+        assert fitting_micro_batch(dit, 12, reserved=free_memory("cpu") - room, **size) == expected
 
 
 def test_micro_batch_auto_trains(tmp_path: Path):

@@ -14,6 +14,7 @@ from ditcli.memory import fitting_micro_batch
 from ditcli.progress import say
 from ditcli.training.batches import Batch, Batches
 from ditcli.training.ema import ema_decay, update_average
+from ditcli.training.finetune import unfrozen
 from ditcli.training.loop import apply_gradients, learning_rate
 from ditcli.training.metrics import NOISE_LEVELS
 from ditcli.training.objective import by_noise_level, diffusion_loss
@@ -34,6 +35,7 @@ class Steps:
                 device=str(setup.device),
                 bytes_per_number=setup.dtype.itemsize,
                 checkpointed=config.checkpoint_activations,
+                reserved=12 * sum(p.numel() for p in unfrozen(state.model)),  # gradients and AdamW's two moments
             )
             if self.micro_batch < config.batch_size:
                 say(f"Micro-batches of {self.micro_batch} images fit into memory.")
