@@ -45,6 +45,8 @@ class Steps:
         self.compiled = list(state.model.get_submodule("blocks").children()) if self._compiles() else []
         for block in self.compiled:
             block.compile(dynamic=False)
+        if self.compiled:
+            say("The first step takes longer: the blocks are compiled.")
         self.worked = False
 
     def _compiles(self) -> bool:
