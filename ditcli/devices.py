@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ditcli.config import Precision
 from ditcli.errors import SettingError
+from ditcli.processes import local_rank, started
 
 # Dense bf16 operations per second, from the data sheets: the first all of whose words are in the device's name.
 BF16_PEAKS = {
@@ -39,9 +40,14 @@ def bf16_peak_of(name: str) -> float | None:
 
 
 def open_device(name: str) -> torch.device:
-    """`auto` is the first GPU where there is one; ValueError for a device that is not there."""
+    """`auto` is a GPU where there is one: the first, or of several processes each has its own.
+
+    Raises ValueError for a device that is not there.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and started():
+        name = f"cuda:{local_rank()}"
     try:
         device = torch.device(name)
     except RuntimeError as error:

@@ -38,6 +38,7 @@ from ditcli.files import replacing, write_text
 from ditcli.hub import find_lpips, lasting_codec_name
 from ditcli.images import read_png_metadata, write_png
 from ditcli.models.lpips import LPIPS, load_lpips
+from ditcli.processes import join
 from ditcli.progress import progress, say
 
 SETTINGS = "settings.json"
@@ -61,7 +62,7 @@ def encode(config: EncodeConfig) -> Encoded:
     Everything is written to OUT.partial, which takes its name when it is whole. Raises ResumeError where either holds
     the results of other settings, DataError for a disk that is too small and where no picture can be read.
     """
-    out = Path(config.out)
+    out, processes = Path(config.out), join(config.device)
     perceptual = None
     if config.reconstruct and config.lpips != "none":
         perceptual = load_lpips(find_lpips(config.lpips))
@@ -72,19 +73,15 @@ def encode(config: EncodeConfig) -> Encoded:
     codec = open_named_codec(name, device=device, dtype=choose_dtype(config.precision, device), tile=config.tile)
     both = config.flip and not codec.flip_equivariant
     settings = _settings(config, dataset, codec)
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        _check_same(out, settings)
-        say(f"{out} is already whole.")
-        return _encoded(out)
-
     partial = out.with_name(f"{out.name}.partial")
-    if partial.exists():
-        _check_same(partial, settings)
-        say(f"Going on with {partial}.")
-    else:
-        partial.mkdir(parents=True)
-    instead = "make room, or give another --out."
-    check_space(partial, dataset, codec, image_size=config.image_size, both=both, instead=instead)
+    whole = False
+    if processes.first:
+        whole = _open_folders(out, partial, settings)
+        if not whole:
+            instead = "make room, or give another --out."
+            check_space(partial, dataset, codec, image_size=config.image_size, both=both, instead=instead)
+    if processes.agree(whole):
+        return _encoded(out)
 
     def describe(manifest: dict[str, Any]) -> dict[str, Any]:
         latents = Latents(Moments.open(partial, manifest), None, ())
@@ -102,7 +99,8 @@ def encode(config: EncodeConfig) -> Encoded:
         }
 
     try:
-        write_text(partial / SETTINGS, json.dumps(settings, indent=1))
+        if processes.first:
+            write_text(partial / SETTINGS, json.dumps(settings, indent=1))
         scores = _Scores(partial, dataset.names, codec, perceptual) if config.reconstruct else None
         encode_into(
             partial,
@@ -118,16 +116,34 @@ def encode(config: EncodeConfig) -> Encoded:
             per_image=config.per_image,
             about=describe,
             watch=scores if scores else lambda names, images, moments: None,
+            note=scores.note if scores else lambda seen: None,
+            processes=processes,
         )
-        if out.is_dir():
-            out.rmdir()
-        partial.rename(out)
+        if processes.first:
+            if out.is_dir():
+                out.rmdir()
+            partial.rename(out)
+        processes.collect(None)  # the others wait until it is there
     except OSError as error:
         raise DitcliError(
             f"the latents could not be written to {partial} ({error.strerror}): make room and run the same command "
             "again, it goes on from there."
         ) from error
     return _encoded(out)
+
+
+def _open_folders(out: Path, partial: Path, settings: dict[str, Any]) -> bool:
+    """Whether `out` is whole already; if not, `partial` is there, and empty or begun with the same settings."""
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        _check_same(out, settings)
+        say(f"{out} is already whole.")
+        return True
+    if partial.exists():
+        _check_same(partial, settings)
+        say(f"Going on with {partial}.")
+    else:
+        partial.mkdir(parents=True)
+    return False
 
 
 class _Scores:
@@ -138,7 +154,7 @@ class _Scores:
         self.paths = dict(zip(names, picture_paths(folder / PAIRS, names), strict=True))
         self.rows = {row[0]: row for row in _read_scores(folder)}
 
-    def __call__(self, names: list[str], images: Tensor, moments: Tensor) -> None:
+    def __call__(self, names: list[str], images: Tensor, moments: Tensor) -> list[tuple[str, float, float]]:
         others = self.codec.decode(self.codec.to_latents(moments))
         ratios = psnr(images, others).tolist()
         distances = [math.nan] * len(names)
@@ -148,7 +164,11 @@ class _Scores:
             pair = torch.cat([images[i], others[i]], dim=2).permute(1, 2, 0).contiguous().numpy()
             self.paths[name].parent.mkdir(parents=True, exist_ok=True)
             write_png(self.paths[name], pair)
-            self.rows[name] = (name, ratios[i], distances[i])
+        return list(zip(names, ratios, distances, strict=True))
+
+    def note(self, batches: list[list[tuple[str, float, float]]]) -> None:
+        """Write down what was found of batches, by whichever process."""
+        self.rows |= {row[0]: row for rows in batches for row in rows}
         with replacing(self.folder / SCORES) as partial, partial.open("w", newline="") as file:
             csv.writer(file).writerows([("name", "psnr", "lpips"), *self.rows.values()])
 

@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,11 @@ from ditcli.errors import SettingError, UnreadableImageError
 from ditcli.images import make_grid, read_image, read_png_metadata, write_gif, write_png
 from ditcli.memory import fitting_batch
 from ditcli.outputs import PictureArchive
+from ditcli.processes import Processes, join
 from ditcli.progress import progress, say
 from ditcli.starts import Photo, Start, read_photo
 
+BLOCK = 16  # pictures that a process draws between two hand-overs to the one that writes an archive
 MOST_FRAMES = 24  # of a trajectory: each is decoded
 # What decides a picture besides its label, its seed and the model.
 SETTINGS = (
@@ -147,16 +150,16 @@ class Job:
         start = asdict(picture.start) if picture.start.to_seed is not None else {"seed": picture.start.seed}
         return {"label": picture.name, **start, **self.facts}
 
-    def draw(self, pictures: list[Picture], already: int) -> Iterator[tuple[Picture, Drawing]]:
-        """The pictures one by one, with a progress bar."""
+    def draw(self, pictures: list[Picture], mine: list[Picture], already: int) -> Iterator[tuple[Picture, Drawing]]:
+        """Those of the pictures that are this process's, one by one, with a progress bar."""
         say(
             f"Sampling {len(pictures)} images from {self.facts['model']} (step {self.facts['step']:,})"
             + (f"; {already} are already there." if already else ".")
         )
-        total = len(pictures) * self.num_steps
+        total = len(mine) * self.num_steps
         with progress("sampling", total) as advance:
-            drawings = self.generate(pictures, lambda count: advance(count, ""))
-            for picture, drawing in zip(pictures, drawings, strict=True):
+            drawings = self.generate(mine, lambda count: advance(count, ""))
+            for picture, drawing in zip(mine, drawings, strict=True):
                 paste = self.photo.paste if self.photo else lambda image: image
                 yield picture, Drawing(paste(drawing.image), [paste(frame) for frame in drawing.frames])
 
@@ -166,13 +169,15 @@ def sample(config: SampleConfig) -> Samples:
 
     Image k of every label has seed ``config.seed + k``: rows of a grid share their starting noise. Images that are
     there already with the same settings are not drawn again, so a run that was stopped goes on with the same command.
+    Several processes share the drawing.
     Raises ResumeError for an .npz that was made, or begun, with other settings.
     """
+    processes = join(config.device)
     job = _prepare(config)
     out = Path(config.out)
     if out.suffix == ".npz":
-        return _write_archive(job, out)
-    return _write_folder(job, out, config)
+        return _write_archive(job, out, processes)
+    return _write_folder(job, out, config, processes)
 
 
 def to_json(samples: Samples) -> str:
@@ -286,23 +291,41 @@ def _plan(config: SampleConfig, classes: list[int], names: Sequence[str]) -> lis
     return rows
 
 
-def _write_archive(job: Job, path: Path) -> Samples:
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _write_archive(job: Job, path: Path, processes: Processes) -> Samples:
+    """The first process writes; all draw a block of the pictures in turn, so that they come in their order."""
     pictures = job.pictures
     labels = [picture.label for picture in pictures] if pictures[0].name is not None else None
     facts = job.facts | {"labels": sorted({picture.name or "" for picture in pictures}), "seed": pictures[0].start.seed}
-    archive = PictureArchive(path, num=len(pictures), labels=labels, facts=facts)
-    for _, drawing in job.draw(pictures[archive.done :], archive.done):
-        archive.append(drawing.image)
-    return Samples(job.facts["model"], job.facts["step"], [], archive=str(archive.finish()))
+    archive = None
+    if processes.first:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        archive = PictureArchive(path, num=len(pictures), labels=labels, facts=facts)
+    done = processes.agree(archive.done if archive else 0)
+    size = BLOCK if processes.num > 1 else 1
+    blocks = [pictures[start : start + size] for start in range(done, len(pictures), size)]
+    mine = list(chain.from_iterable(blocks[processes.rank :: processes.num]))
+    drawn = job.draw(pictures[done:], mine, done)
+    for _ in blocks[:: processes.num]:
+        images = processes.collect([drawing.image for _, drawing in islice(drawn, size)])
+        for image in chain.from_iterable(images):
+            if archive:
+                archive.append(image)
+    assert next(drawn, None) is None
+    if archive:
+        archive.finish()
+    return Samples(job.facts["model"], job.facts["step"], [], archive=str(path))
 
 
-def _write_folder(job: Job, out: Path, config: SampleConfig) -> Samples:
+def _write_folder(job: Job, out: Path, config: SampleConfig, processes: Processes) -> Samples:
     out.mkdir(parents=True, exist_ok=True)
     paths = {picture: out / f"{picture.stem}.png" for picture in job.pictures}
-    todo = [picture for picture, path in paths.items() if not _is_drawn(path, job.facts_of(picture), config)]
+    todo = []
+    if processes.first:
+        todo = [picture for picture, path in paths.items() if not _is_drawn(path, job.facts_of(picture), config)]
+    todo = processes.agree(todo)
+    part = processes.part(len(todo))
     animations = []
-    for picture, drawing in job.draw(todo, len(paths) - len(todo)):
+    for picture, drawing in job.draw(todo, todo[part.start : part.stop], len(paths) - len(todo)):
         if config.trajectory:
             frames = [*drawing.frames[:-1], drawing.image]  # what is foreseen at last is the image
             write_gif(_beside(paths[picture], "path.gif"), frames, 1500 // len(frames))
@@ -313,7 +336,8 @@ def _write_folder(job: Job, out: Path, config: SampleConfig) -> Samples:
         animations += [str(_beside(path, f"path.{kind}")) for path in paths.values() for kind in ("gif", "png")]
 
     grid = None
-    if config.grid or config.interpolate:
+    processes.collect(None)  # all pictures are there
+    if processes.first and (config.grid or config.interpolate):
         rows = [[np.asarray(read_image(paths[picture])) for picture in row] for row in job.rows]
         if config.interpolate:
             for row, images in zip(job.rows, rows, strict=True):

@@ -14,6 +14,7 @@ import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as raised
 
 from ditcli.errors import CheckpointError, SettingError
+from ditcli.processes import local_rank
 from ditcli.progress import say
 
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
@@ -101,10 +102,10 @@ def num_threads() -> int:
 
 
 def _cuda_device(name: str) -> int | None:
-    """The number of the CUDA device that a name asks for, 0 for auto; None for the CPU."""
+    """The number of the CUDA device that a name asks for, for auto that of this process; None for the CPU."""
     kind, _, number = name.partition(":")
     if name == "cpu":
         return None
     if name not in ("auto", "cuda") and not (kind == "cuda" and number.isdigit()):
         raise SettingError(f"device is {name!r}, but must be auto, cpu, cuda or cuda:N.")
-    return int(number or 0)
+    return int(number or local_rank())

@@ -30,10 +30,10 @@ from ditcli.config import FidConfig, TrainConfig
 from ditcli.errors import DitcliError, SettingError
 from ditcli.evaluation import inception
 from ditcli.evaluation.extractors import fetch_weights, find_weights
-from ditcli.evaluation.processes import Processes
 from ditcli.evaluation.sides import open_side, spread_labels
 from ditcli.evaluation.statistics import Statistics
 from ditcli.images import fit_square
+from ditcli.processes import Processes
 from ditcli.runs import RunDir, read_model_config
 from ditcli.training.best import BestWeights, read_scores
 from ditcli.training.metrics import read_metrics, smooth

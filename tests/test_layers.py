@@ -14,7 +14,9 @@ from ditcli.cli.main import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1] / "ditcli"
 ROOMS = {"models", "codecs", "diffusion", "denoisers", "data"}
-GROUND = {"hub", "runs", "files", "images", "config", "errors", "devices", "sessions", "progress", "__init__"}
+GROUND = {
+    *("hub", "runs", "files", "images", "config", "errors", "devices", "sessions", "progress", "processes", "__init__")
+}
 HEAVY = ("torch", "onnxruntime", "onnx", "numpy", "PIL", "huggingface_hub", "matplotlib", "safetensors")
 
 

@@ -6,12 +6,14 @@ import contextlib
 import importlib
 import os
 import sys
+import time
 
 import click
 
 import ditcli
+from ditcli import processes
 from ditcli.config import suggest
-from ditcli.errors import DitcliError
+from ditcli.errors import DitcliError, Interrupted
 from ditcli.progress import say_more
 
 # Name: (module in ditcli.cli, one line of help). Listing them here keeps `ditcli --help` from importing any.
@@ -58,6 +60,9 @@ EPILOG = {
         ("130", "interrupted by Ctrl-C; the sentence says how to go on"),
     ],
 }
+# Where one of several processes fails, the others fail for want of it, or in the same way: in this time the launcher
+# ends them before they say so too.
+SECONDS_TO_BE_ENDED = 2.0
 
 
 class Commands(click.Group):
@@ -101,6 +106,8 @@ def run() -> None:
     """Entry point. Exit codes: 0 done, 1 failed, 2 used wrongly, 130 interrupted. DITCLI_DEBUG=1 shows tracebacks."""
     if "_DITCLI_COMPLETE" in os.environ:  # a shell asks what Tab may offer
         importlib.import_module("ditcli.cli.complete").register()
+    if not processes.is_first():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     try:
         sys.exit(cli.main(standalone_mode=False, prog_name="ditcli", auto_envvar_prefix="DITCLI"))
     except click.exceptions.Exit as error:
@@ -111,12 +118,18 @@ def run() -> None:
     except (KeyboardInterrupt, click.Abort):
         sys.exit(_fail("interrupted.", 130))
     except DitcliError as error:
+        if not processes.is_first():
+            time.sleep(SECONDS_TO_BE_ENDED)
+        if isinstance(error, Interrupted) and not processes.is_first():
+            sys.exit(error.exit_code)
         sys.exit(_fail(str(error), error.exit_code))
     except OSError as error:
         sys.exit(_fail(f"{error.filename or 'the system'}: {error.strerror or error}.", 1))
     except MemoryError:
         sys.exit(_fail("there is not enough memory: a smaller --batch-size needs less.", 1))
     except Exception as error:
+        if processes.started():
+            time.sleep(SECONDS_TO_BE_ENDED)
         told = " ".join(str(error).split()) or "without a word"
         sys.exit(_fail(f"{type(error).__name__}: {told}. This is a fault of ditcli; DITCLI_DEBUG=1 shows where.", 1))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import platform
+import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 import ditcli
+from ditcli import processes
 from ditcli.config import Config, suggest
 from ditcli.errors import SettingError
 from ditcli.progress import say_more, set_verbosity
@@ -59,7 +61,7 @@ class Command(click.Command):
             self.params.append(click.Option(names, is_flag=True, expose_value=False, callback=_remember, help=help))
 
     def invoke(self, ctx: click.Context) -> Any:
-        set_verbosity(ctx.meta.get(VERBOSITY, "normal"))
+        set_verbosity(ctx.meta.get(VERBOSITY, "normal") if processes.is_first() else "quiet")
         say_more(f"ditcli {ditcli.__version__}, Python {platform.python_version()}, {platform.platform()}")
         say_more(f"in {os.getcwd()}")
         for name, value in ctx.params.items():
@@ -122,6 +124,28 @@ def config_options(config_class: type[Config]) -> Callable[[Function], Function]
         return function
 
     return decorate
+
+
+def devices_option(function: Function) -> Function:
+    """Decorate a command with `--devices`; its body calls `share` when its config stands."""
+    return click.option(
+        "--devices",
+        type=click.IntRange(min=1),
+        help="Share the work among so many GPUs of this machine, or on a CPU among so many processes.  [default: 1]",
+    )(function)
+
+
+def share(devices: int | None, device: str) -> None:
+    """Run the command in a process per device, and exit as they do; this returns in each of them, and without any.
+
+    Raises SettingError where another number of them was started by torchrun.
+    """
+    if processes.started():
+        here = int(os.environ["LOCAL_WORLD_SIZE"])
+        if devices not in (None, here):
+            raise SettingError(f"devices is {devices}, but torchrun started {here} processes here: leave it out.")
+    elif devices is not None and devices > 1:
+        sys.exit(processes.start(devices, device))
 
 
 def given(options: dict[str, Any]) -> dict[str, Any]:

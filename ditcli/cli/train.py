@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from ditcli.cli.options import Command, config_options, load_config
+from ditcli.cli.options import Command, config_options, devices_option, load_config, share
 from ditcli.config import PRESETS, TrainConfig
 
 EXAMPLES = """
@@ -16,12 +16,14 @@ ditcli train --data ./celeba --vae madebyollin/taesd --image-size 128 --model Di
 ditcli train --data ./photos --pixels --image-size 64 --model DiT-S/4 --steps 20000
 ditcli train --data ./mnist --preset mnist
 ditcli train --data ./dogs --from facebook/DiT-XL-2-256 --lora-rank 8 --micro-batch 4
+ditcli train --data ./imagenet --model DiT-XL/2 --devices 8
 ditcli train --data ./celeba --config my.toml --lr 2e-4 --dry-run
 """
 
 
 @click.command("train", cls=Command, epilog=EXAMPLES)
 @config_options(TrainConfig)
+@devices_option
 @click.option("--preset", type=click.Choice(list(PRESETS)), help="A saved set of the options above.")
 @click.option(
     "--config",
@@ -31,11 +33,12 @@ ditcli train --data ./celeba --config my.toml --lr 2e-4 --dry-run
     help="TOML file of options.",
 )
 @click.option("--dry-run", is_flag=True, help="Settle everything, open the data, print sizes and exit.")
-def command(preset: str | None, file: Path | None, dry_run: bool, **options: Any) -> None:
+def command(devices: int | None, preset: str | None, file: Path | None, dry_run: bool, **options: Any) -> None:
     """Train a DiT on a folder of images.
 
     Understood: the CelebA layout, class subfolders, metadata.jsonl or metadata.csv with file_name and label, MNIST idx
     files, and a flat folder without labels. Latents are encoded once and cached. To resume, run the same command again.
+    Several machines: torchrun --nnodes 2 --nproc-per-node 8 --rdzv-endpoint HOST:PORT -m -- ditcli train ...
     Options may also come from the environment (DITCLI_TRAIN_LR) or from a TOML file, in this order.
     """
     config = load_config(TrainConfig, options, presets=PRESETS, preset=preset, file=file)
@@ -46,8 +49,10 @@ def command(preset: str | None, file: Path | None, dry_run: bool, **options: Any
 
         click.echo(json.dumps(describe(prepare(config)), indent=2))
         return
+    share(devices, config.device)
+    from ditcli.progress import say
     from ditcli.training.train import train
 
     run = train(config)
     click.echo(run.path)
-    click.echo(f"Draw from it with: ditcli sample --model {run.path}", err=True)
+    say(f"Draw from it with: ditcli sample --model {run.path}")

@@ -100,6 +100,7 @@ class TrainConfig(Config):
     checkpoint_activations: bool = option(
         False, "Keep only the blocks' inputs and compute the rest again: less memory, a third slower."
     )
+    shard: bool = option(False, "With --devices: keep a part of every weight in each, for models that outgrow one GPU.")
     precision: Precision = option("auto", "auto is bf16 where the hardware has it.", choices=Precision)
     num_workers: int | None = option(None, "Threads that read images.  [default: number of cores]")
 
@@ -128,8 +129,8 @@ class TrainConfig(Config):
     COMMAND: ClassVar[str] = "train"
     # May differ when a run goes on: they change what is learnt by rounding at most.
     RESUMABLE: ClassVar[tuple[str, ...]] = (
-        *("out", "steps", "micro_batch", "compile", "checkpoint_activations"),
-        *("device", "num_workers", "log_every", "checkpoint_every", "keep_checkpoints", "when_disk_full"),
+        *("out", "steps", "micro_batch", "compile", "checkpoint_activations", "device", "shard", "num_workers"),
+        *("log_every", "checkpoint_every", "keep_checkpoints", "when_disk_full"),
         *("sample_every", "sample_num", "sample_cfg", "sample_steps", "eval_every", "eval_num", "eval_metric"),
         *("eval_features", "eval_weights", "eval_cfg", "eval_steps"),
     )
@@ -171,6 +172,8 @@ class TrainConfig(Config):
         self._check("label_dropout", 0 <= self.label_dropout < 1, "at least 0 and less than 1")
         if self.pixels and self.vae is not None:
             raise SettingError(f"pixels and vae {self.vae!r} exclude each other: give one of them.")
+        if self.shard:
+            self._check("optimizer", self.optimizer == "adamw", "adamw with --shard: Muon needs whole matrices")
         self._check_at_least(0, "lora_rank")
         if self.from_ is not None:
             return  # what follows is the source's

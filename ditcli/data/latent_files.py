@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,6 +20,7 @@ from ditcli.codecs.codec import Codec
 from ditcli.data.folders import ImageDataset
 from ditcli.errors import DataError, UnreadableImageError
 from ditcli.files import remove_partials, write_text
+from ditcli.processes import ALONE, Processes
 from ditcli.progress import progress
 
 MANIFEST = "manifest.json"
@@ -58,49 +59,56 @@ def encode_into(
     shard_size: int | None = None,
     per_image: bool = False,
     about: Callable[[dict[str, Any]], dict[str, Any]] = lambda manifest: {},
-    watch: Callable[[list[str], Tensor, Tensor], object] = lambda names, images, moments: None,
+    watch: Callable[[list[str], Tensor, Tensor], Any] = lambda names, images, moments: None,
+    note: Callable[[list[Any]], object] = lambda seen: None,
+    processes: Processes = ALONE,
 ) -> None:
     """Encode the first `num` pictures into a folder, from where an earlier call stopped; the manifest comes last.
 
-    `watch` sees the names, uint8 images (n, 3, H, W) and moments (n, M, h, w) of every batch before it is noted as
-    done, `about` sees the manifest and gives what to add to it. Raises DataError when no picture could be read, with
+    `watch` sees the names, uint8 images (n, 3, H, W) and moments (n, M, h, w) of a batch, and `note` what it returned
+    for the batches before they are noted as done; `about` sees the manifest and gives what to add to it. Of several
+    processes each encodes a batch at a time, and the first writes. Raises DataError when no picture could be read, with
     `strict` UnreadableImageError for the first that cannot, and OSError when the disk is full.
     """
     total = min(num or len(dataset), len(dataset))
     _, height, width = codec.latent_shape(image_size, image_size)
     row = (1 + both, codec.moments_channels, height, width)
-    remove_partials(folder)
-    done = _read_progress(folder)
-    if not per_image:
+    if processes.first:
+        remove_partials(folder)
+    done = processes.agree(_read_progress(folder) if processes.first else Progress())
+    if processes.first and not per_image:
         _cut(folder, done.num_kept, np.empty((1, *row), codec.moments_dtype), shard_size)
-    names = picture_files(dataset.names) if per_image else []
+    written, names = done.num_kept, picture_files(dataset.names) if per_image else []
+    starts = range(done.read, total, batch_size)
+    mine = starts[processes.rank :: processes.num]
+    indices = chain.from_iterable(range(start, min(start + batch_size, total)) for start in mine)
     with progress(f"encoding with {codec.name}", total, start=done.read) as advance:
-        pictures = _read(dataset, range(done.read, total), image_size, strict, num_workers, batch_size)
-        while batch := list(islice(pictures, batch_size)):
-            good = [(index, image) for index, image in batch if isinstance(image, np.ndarray)]
-            if good:
-                images = torch.from_numpy(np.stack([image for _, image in good])).permute(0, 3, 1, 2)
-                encoded = [codec.encode(picture) for picture in ([images, images.flip(-1)] if both else [images])]
-                moments = torch.stack(encoded, dim=1).numpy().astype(codec.moments_dtype)
-                indices = [index for index, _ in good]
-                if per_image:
-                    for index, values in zip(indices, moments, strict=True):
-                        path = folder / PICTURES / names[index]
-                        path.parent.mkdir(parents=True, exist_ok=True)
-                        np.save(path, values)
-                else:
-                    _append(folder, done.num_kept, moments, shard_size)
-                watch([dataset.names[index] for index in indices], images, torch.from_numpy(moments[:, 0]))
-            done.unreadable += [
-                (index, error.name, error.reason) for index, error in batch if isinstance(error, UnreadableImageError)
-            ]
-            done.read += len(batch)
-            write_text(folder / PROGRESS, json.dumps(asdict(done)))
-            advance(len(batch), f"{len(done.unreadable)} unreadable" if done.unreadable else "")
+        pictures = _read(dataset, indices, image_size, num_workers, 2 * batch_size)
+        for _ in starts[:: processes.num]:
+            parts = processes.collect(_encode(list(islice(pictures, batch_size)), dataset, codec, both, watch))
+            unreadable = [error for part in parts for error in part.unreadable]
+            if unreadable and strict:
+                raise UnreadableImageError(*unreadable[0][1:])
+            done.unreadable += unreadable
+            if processes.first:
+                for part in parts:
+                    if per_image:
+                        _write_pictures(folder, [names[index] for index in part.indices], part.moments)
+                    else:
+                        _append(folder, written, part.moments, shard_size)
+                    written += len(part.indices)
+                note([part.seen for part in parts if part.indices])
+            num_read = sum(part.num_read for part in parts)
+            done.read += num_read
+            if processes.first:
+                write_text(folder / PROGRESS, json.dumps(asdict(done)))
+            advance(num_read, f"{len(done.unreadable)} unreadable" if done.unreadable else "")
     kept = done.kept()
     if not kept:
         _, name, reason = done.unreadable[0]
         raise DataError(f"none of the {total} pictures could be read; the first is {name}: {reason}.")
+    if not processes.first:
+        return
     files = [names[index] for index in kept] if per_image else [path.name for path in _shards(folder)]
     if dataset.labels is not None:
         np.save(folder / "labels.npy", dataset.labels[kept])
@@ -116,6 +124,46 @@ def encode_into(
     }
     write_text(folder / MANIFEST, json.dumps(manifest | about(manifest), indent=1))
     (folder / PROGRESS).unlink()
+
+
+@dataclass
+class Part:
+    """What became of a batch: moments (n, F, M, h, w) of the pictures that could be read, and why others could not."""
+
+    num_read: int
+    indices: list[int]
+    moments: np.ndarray
+    unreadable: list[tuple[int, str, str]]
+    seen: Any = None
+
+
+def _encode(
+    batch: list[tuple[int, np.ndarray | UnreadableImageError]],
+    dataset: ImageDataset,
+    codec: Codec,
+    both: bool,
+    watch: Callable[[list[str], Tensor, Tensor], Any],
+) -> Part:
+    unreadable = [
+        (index, error.name, error.reason) for index, error in batch if isinstance(error, UnreadableImageError)
+    ]
+    good = [(index, image) for index, image in batch if isinstance(image, np.ndarray)]
+    part = Part(len(batch), [index for index, _ in good], np.empty(0, codec.moments_dtype), unreadable)
+    if good:
+        images = torch.from_numpy(np.stack([image for _, image in good])).permute(0, 3, 1, 2)
+        encoded = [codec.encode(picture) for picture in ([images, images.flip(-1)] if both else [images])]
+        part.moments = torch.stack(encoded, dim=1).numpy().astype(codec.moments_dtype)
+        part.seen = watch(
+            [dataset.names[index] for index in part.indices], images, torch.from_numpy(part.moments[:, 0])
+        )
+    return part
+
+
+def _write_pictures(folder: Path, names: Iterable[str], moments: np.ndarray) -> None:
+    for name, values in zip(names, moments, strict=True):
+        path = folder / PICTURES / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, values)
 
 
 def picture_files(names: Any) -> list[str]:
@@ -241,25 +289,23 @@ def _cut(folder: Path, num: int, row: np.ndarray, shard_size: int | None) -> Non
 
 
 def _read(
-    dataset: ImageDataset, indices: range, image_size: int, strict: bool, num_workers: int, batch_size: int
+    dataset: ImageDataset, indices: Iterable[int], image_size: int, num_workers: int, ahead: int
 ) -> Iterator[tuple[int, np.ndarray | UnreadableImageError]]:
-    """Each picture's index with the picture, or with why there is none; two batches are read ahead by threads."""
+    """Each picture's index with the picture, or with why there is none; threads are so many `ahead`."""
 
     def load(index: int) -> tuple[int, np.ndarray | UnreadableImageError]:
         try:
             return index, dataset.load(index, image_size)
         except UnreadableImageError as error:
-            if strict:
-                raise
             return index, error
 
     with ThreadPoolExecutor(num_workers) as pool:
-        ahead = iter(indices)
-        waiting = [pool.submit(load, index) for index in islice(ahead, 2 * batch_size)]
+        later = iter(indices)
+        waiting = [pool.submit(load, index) for index in islice(later, ahead)]
         try:
             while waiting:
                 done = waiting.pop(0)
-                waiting += [pool.submit(load, index) for index in islice(ahead, 1)]
+                waiting += [pool.submit(load, index) for index in islice(later, 1)]
                 yield done.result()
         finally:
             for future in waiting:

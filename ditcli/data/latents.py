@@ -26,6 +26,7 @@ from ditcli.data.folders import ImageDataset
 from ditcli.data.latent_files import MANIFEST, Moments, encode_into
 from ditcli.errors import CheckpointError, DataError, SettingError, UnreadableImageError
 from ditcli.hub import cache_folder
+from ditcli.processes import ALONE, Processes
 from ditcli.progress import say
 
 BATCH = 32
@@ -95,22 +96,38 @@ def open_latents(folder: Path) -> EncodedDataset | None:
 
 
 def load_latents(
-    dataset: ImageDataset, codec: Codec, *, image_size: int, flip: bool, strict: bool = False, num_workers: int = 1
+    dataset: ImageDataset,
+    codec: Codec,
+    *,
+    image_size: int,
+    flip: bool,
+    strict: bool = False,
+    num_workers: int = 1,
+    processes: Processes = ALONE,
 ) -> Latents:
     """The data set as the codec sees it: what `ditcli encode` wrote, or encoded now unless it was before.
 
     Unreadable pictures are left out and named; with `strict` the first raises UnreadableImageError. The folder gets its
     name only when it is whole, so an interrupted one is never read. A codec whose encoding of a flipped picture is the
-    flipped encoding needs no second one: F is then 1. Raises DataError when no picture is left or the disk is too full,
-    SettingError for latents of another codec, size or flip.
+    flipped encoding needs no second one: F is then 1. Several processes share the work. Raises DataError when no
+    picture is left or the disk is too full, SettingError for latents of another codec, size or flip.
     """
     if isinstance(dataset, EncodedDataset):
         return _check_encoded(dataset, codec, image_size=image_size, flip=flip)
     both = flip and not codec.flip_equivariant
     key = [2, dataset.fingerprint(), codec.fingerprint(), image_size, both]
     folder = cache_folder() / "latents" / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
-    if not (folder / MANIFEST).is_file():
-        _build(folder, dataset, codec, image_size=image_size, both=both, strict=strict, num_workers=num_workers)
+    if not processes.agree((folder / MANIFEST).is_file()):
+        _build(
+            folder,
+            dataset,
+            codec,
+            image_size=image_size,
+            both=both,
+            strict=strict,
+            num_workers=num_workers,
+            processes=processes,
+        )
     manifest = json.loads((folder / MANIFEST).read_text())
     unreadable = tuple(f"{name}: {reason}" for name, reason in manifest["unreadable"])
     if unreadable:
@@ -170,14 +187,23 @@ def warn_of_scale(mean: float, std: float, codec: Codec) -> None:
 
 
 def _build(
-    folder: Path, dataset: ImageDataset, codec: Codec, *, image_size: int, both: bool, strict: bool, num_workers: int
+    folder: Path,
+    dataset: ImageDataset,
+    codec: Codec,
+    *,
+    image_size: int,
+    both: bool,
+    strict: bool,
+    num_workers: int,
+    processes: Processes,
 ) -> None:
     partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
-    _remove_abandoned(folder)
-    partial.mkdir(parents=True)
     instead = "set DITCLI_CACHE to a folder on another disk."
     try:
-        check_space(partial, dataset, codec, image_size=image_size, both=both, instead=instead)
+        if processes.first:
+            _remove_abandoned(folder)
+            partial.mkdir(parents=True)
+            check_space(partial, dataset, codec, image_size=image_size, both=both, instead=instead)
         encode_into(
             partial,
             dataset,
@@ -187,9 +213,12 @@ def _build(
             strict=strict,
             num_workers=num_workers,
             batch_size=BATCH,
+            processes=processes,
         )
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+        if processes.first:
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.rename(folder)
+        processes.collect(None)  # the others wait until it is there
     except OSError as error:
         raise DataError(
             f"the latents could not be written to {cache_folder()} ({error.strerror}): make room, or {instead}"

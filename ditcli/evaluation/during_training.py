@@ -22,6 +22,7 @@ from ditcli.evaluation.gather import BATCH, gather
 from ditcli.evaluation.score import compare
 from ditcli.evaluation.sides import FolderSide, spread_labels
 from ditcli.evaluation.statistics import Accumulator, Statistics
+from ditcli.processes import Processes
 from ditcli.sampling import draw
 
 
@@ -36,6 +37,7 @@ class TrainingScore:
     real: Statistics
     labels: list[int]
     extractor: Extractor
+    processes: Processes
 
     @property
     def name(self) -> str:
@@ -45,11 +47,12 @@ class TrainingScore:
         return f"{name} of {config.eval_num} samples, cfg {config.eval_cfg:g}, {config.eval_steps} steps"
 
     def __call__(self, denoiser: Denoiser, decode: Decode) -> float:
+        part = self.processes.part(len(self.labels))
         drawn = draw(
             denoiser,
             decode,
-            labels=self.labels,
-            seeds=range(len(self.labels)),
+            labels=self.labels[part.start : part.stop],
+            seeds=part,
             cfg=self.config.eval_cfg if denoiser.class_names else 1.0,
             steps=self.config.eval_steps,
         )
@@ -58,12 +61,16 @@ class TrainingScore:
             features = self.extractor(np.stack(images))
             accumulator.update(features)
             kept.append(features)
-        fake = accumulator.statistics(extractor_id(self.extractor), features=np.concatenate(kept))
+        whole, *others = self.processes.collect(accumulator)
+        for other in others:
+            whole.merge(other)
+        kept = [features for several in self.processes.collect(kept) for features in several]
+        fake = whole.statistics(extractor_id(self.extractor), features=np.concatenate(kept))
         return compare(self.real, fake, [self.config.eval_metric], self.extractor)[self.config.eval_metric].value
 
 
 def open_training_score(
-    config: TrainConfig, dataset: ImageDataset, schedule: Schedule, device: torch.device
+    config: TrainConfig, dataset: ImageDataset, schedule: Schedule, device: torch.device, processes: Processes
 ) -> TrainingScore:
     """Open the extractor and gather the data's statistics at the model's size, or take them from the cache.
 
@@ -77,9 +84,10 @@ def open_training_score(
         image_size=config.image_size,
         keep_features=config.eval_metric == "kid",
         num_workers=config.num_workers,
+        processes=processes,
     )[0]
     counts: Any = [1] if dataset.labels is None else np.bincount(dataset.labels, minlength=len(dataset.class_names))
-    return TrainingScore(config, real, spread_labels(counts, config.eval_num), extractor)
+    return TrainingScore(config, real, spread_labels(counts, config.eval_num), extractor, processes)
 
 
 def _batches(images: Iterator[np.ndarray]) -> Iterator[list[np.ndarray]]:

@@ -18,14 +18,13 @@ from ditcli.codecs.codec import Codec
 from ditcli.data.latents import cache_folder
 from ditcli.errors import DataError, DitcliError, UnreadableImageError
 from ditcli.evaluation.features import Extractor, extractor_id
-from ditcli.evaluation.processes import Processes
 from ditcli.evaluation.sides import Picture, Side
 from ditcli.evaluation.statistics import Accumulator, Pictures, Statistics
+from ditcli.processes import ALONE, Processes
 from ditcli.progress import progress, say
 
 BATCH = 32
 MOST_NAMED = 5
-ALONE = Processes()
 
 View = Callable[[list[np.ndarray]], list[np.ndarray]]
 
@@ -62,7 +61,7 @@ def gather(
             return found
     gathered = _pass(side, extractor, [view for _, view in views], image_size, keep_features, num_workers, processes)
     for statistics, path in zip(gathered, paths, strict=True):
-        if path and processes.rank == 0:
+        if path and processes.first:
             _write_cache(path, statistics)
     return gathered
 

@@ -18,10 +18,10 @@ from ditcli.evaluation.features import Extractor, extractor_id, result_name
 from ditcli.evaluation.gather import gather
 from ditcli.evaluation.inception import InceptionFeatures
 from ditcli.evaluation.metrics import frechet_distance, inception_score, kernel_distance, precision_recall
-from ditcli.evaluation.processes import join_processes
 from ditcli.evaluation.report import Score, Scores, find_notes, sizes_seen
 from ditcli.evaluation.sides import FolderSide, ModelSide, Side, open_side
 from ditcli.evaluation.statistics import Pictures, Statistics
+from ditcli.processes import join
 
 KID_SUBSET = 1000  # of torch-fidelity
 
@@ -29,9 +29,9 @@ KID_SUBSET = 1000  # of torch-fidelity
 def score(config: FidConfig) -> Scores | None:
     """Score the fake side against the real one. Raises SettingError or another DitcliError that says what to mend.
 
-    Of several processes that torchrun started the first returns the scores, the others None.
+    Of several processes the first returns the scores, the others None.
     """
-    processes = join_processes()
+    processes = join(config.device)
     real = _open(config.real, config)
     fake = _open(config.fake, config) if config.fake else None
     metrics = _settle(config, real, fake)
@@ -65,7 +65,7 @@ def score(config: FidConfig) -> Scores | None:
     fakes = statistics(fake, config.image_size, keep or "is" in metrics, None)[0] if fake else None
     image_size = config.image_size or (_square_size(fakes.pictures) if fakes else None)
     reals, *reconstructed = statistics(real, image_size, keep or config.save_stats is not None, codec)
-    if processes.rank > 0:
+    if not processes.first:
         return None
     if config.save_stats:
         path = Path(config.save_stats).expanduser()

@@ -16,6 +16,7 @@ from ditcli.data.latents import Latents
 from ditcli.devices import place
 from ditcli.diffusion.process import Diffusion
 from ditcli.memory import free_memory
+from ditcli.processes import ALONE, Processes
 
 # Latents stay on the training device when they take at most this part of its free memory.
 RESIDENT_SHARE = 0.4
@@ -42,6 +43,7 @@ class Batches:
     """Batch number `step` as ``batches[step]``, another one for each `order`.
 
     Every picture is seen once an epoch, in an order of its own; flips, times, noise and dropped labels are drawn anew.
+    Of several processes each gets its part of the same batch.
     """
 
     def __init__(
@@ -53,9 +55,12 @@ class Batches:
         *,
         num_classes: int,
         device: torch.device,
+        processes: Processes = ALONE,
     ):
         self.codec, self.diffusion, self.config = codec, diffusion, config
         self.num_classes, self.device = num_classes, device
+        part = processes.part(config.batch_size)
+        self.part = slice(part.start, part.stop)
         self.order = 0
         self.labels = latents.labels if latents.labels is not None else np.zeros(len(latents.moments), np.int64)
         self.moments = latents.moments
@@ -73,12 +78,12 @@ class Batches:
         t = self._times(rng, len(images))
         generator = torch.Generator(self.device).manual_seed(int(rng.integers(2**63)))
 
-        moments = self._moments(images, flipped)
+        moments = self._moments(images[self.part], flipped[self.part])
         shape = (len(images), self.codec.latent_channels, *moments.shape[2:])
-        eps, posterior = torch.randn((2, *shape), generator=generator, device=self.device)
+        eps, posterior = torch.randn((2, *shape), generator=generator, device=self.device)[:, self.part]
         x0 = self.codec.to_latents(moments, posterior)
-        labels = np.where(dropped, self.num_classes, self.labels[images])
-        return Batch(x0, eps, place(labels, self.device), t)
+        labels = np.where(dropped, self.num_classes, self.labels[images])[self.part]
+        return Batch(x0, eps, place(labels, self.device), t[self.part])
 
     def _times(self, rng: np.random.Generator, num: int) -> np.ndarray:
         steps = self.diffusion.schedule.num_steps

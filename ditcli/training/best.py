@@ -25,28 +25,29 @@ class BestWeights:
 
     def __init__(self, run: RunDir, step: int, writer: Writer, name: str | None = None) -> None:
         self.run, self.writer, self.name = run, writer, name
+        self.processes = writer.processes
         self.rewind(step)
 
     def rewind(self, step: int) -> None:
         """Forget what came after a step."""
         run, name = self.run, self.name
-        self.scores = [row for row in read_scores(run.scores_file, name) if row[0] <= step] if name else []
-        self.step = self._former_step(step)
-        if name:
-            _write_scores(run.scores_file, name, self.scores)
+        scores = [row for row in read_scores(run.scores_file, name) if row[0] <= step] if name else []
+        self.scores, self.step = self.processes.agree((scores, self._former_step(step)))
+        self._write_scores()
 
     def judge_loss(self, step: int, rows: Sequence[Row], save: Callable[[], object]) -> None:
         """Keep the checkpoint of `step` where the smoothed loss is lower than at the best one so far."""
         losses = smooth([row.loss for row in rows])
         lowest = min((loss for row, loss in zip(rows, losses, strict=True) if row.step == self.step), default=math.inf)
-        if losses and losses[-1] < lowest:
+        if self.processes.agree(bool(losses) and losses[-1] < lowest):
             self._keep(step, save)
 
     def judge_score(self, step: int, score: float, save: Callable[[], object]) -> None:
         """Write the score down, and keep the checkpoint of `step` where none was lower."""
+        score = self.processes.agree(score)
         lowest = min((value for _, value in self.scores), default=math.inf)
         self.scores.append((step, score))
-        _write_scores(self.run.scores_file, str(self.name), self.scores)
+        self._write_scores()
         best = score < lowest
         say(
             f"step {step:,}: {self.name}: {score:.5g}"
@@ -56,7 +57,7 @@ class BestWeights:
             self._keep(step, save)
 
     def _keep(self, step: int, save: Callable[[], object]) -> None:
-        if not self.run.checkpoint_file(step).is_file():
+        if not self.processes.agree(self.run.checkpoint_file(step).is_file()):
             save()
         self.writer.submit(lambda: self._link(step))
         self.step = step
@@ -65,6 +66,10 @@ class BestWeights:
         checkpoint = self.run.checkpoint_file(step)
         if checkpoint.is_file():  # the disk may have been full
             link_or_copy(checkpoint, self.run.best_file)
+
+    def _write_scores(self) -> None:
+        if self.name and self.processes.first:
+            write_scores(self.run.scores_file, self.name, self.scores)
 
     def _former_step(self, step: int) -> int | None:
         """The step of the best weights so far; None where there are none, or from a time that will come again."""
@@ -92,7 +97,7 @@ def read_scores(path: Path, name: str) -> list[tuple[int, float]]:
     return scores
 
 
-def _write_scores(path: Path, name: str, scores: Sequence[tuple[int, float]]) -> None:
+def write_scores(path: Path, name: str, scores: Sequence[tuple[int, float]]) -> None:
     with replacing(path) as partial, partial.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["step", name])

@@ -7,6 +7,8 @@ import copy
 import torch
 from torch import nn
 
+from ditcli.training.sharding import local
+
 
 def average_of(model: nn.Module) -> nn.Module:
     """A copy of the model to hold the average; what is frozen is shared."""
@@ -27,4 +29,4 @@ def ema_decay(decay: float, step: int, *, warmup: bool) -> float:
 def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
     """average = decay average + (1 - decay) model, all weights that are not frozen in one call."""
     pairs = [(a, p) for a, p in zip(average.parameters(), model.parameters(), strict=True) if p.requires_grad]
-    torch._foreach_lerp_([a for a, _ in pairs], [p for _, p in pairs], 1 - decay)
+    torch._foreach_lerp_([local(a) for a, _ in pairs], [local(p) for _, p in pairs], 1 - decay)

@@ -12,6 +12,7 @@ from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from ditcli.config import TrainConfig, TrainVaeConfig
 from ditcli.errors import DitcliError, Interrupted
@@ -53,10 +54,16 @@ def run_loop(
     `peak_rate` are the images/s at which the device would do nothing but the model's operations, where that is known.
     `go_back` makes the state that of a checkpoint, with another order of the data to come, when gradients stay not
     finite. `judge` sees the rows of metrics after every step and says whether it took time that is none of training's.
-    What they give the writer is written when this returns, and what goes wrong there is raised here. Raises Interrupted
-    after saving on Ctrl-C or SIGTERM, and DitcliError when gradients stay not finite.
+    What they give the writer is written when this returns, and what goes wrong there is raised here. The writer's
+    processes call everything in the same steps. Raises Interrupted after saving on Ctrl-C or SIGTERM to any of them,
+    and DitcliError when gradients stay not finite.
     """
-    rows, unwritten = rewind_metrics(run.metrics_file, state.step, row_type), list[AnyRow]()
+    processes = writer.processes
+
+    def rewind(step: int) -> list[AnyRow]:
+        return processes.agree(rewind_metrics(run.metrics_file, step, row_type) if processes.first else [])
+
+    rows, unwritten = rewind(state.step), list[AnyRow]()
     skips, gone_back_to = Skips(), 0
     began = time.monotonic() - state.seconds
     interval_began, interval_step = time.monotonic(), state.step
@@ -75,7 +82,7 @@ def run_loop(
                     f"The gradient was not finite {skips.in_a_row} times in a row up to step {failed:,}: going back to "
                     f"step {former:,}, and on with the data in another order."
                 )
-                rows, gone_back_to, skips = rewind_metrics(run.metrics_file, former, row_type), former, Skips()
+                rows, gone_back_to, skips = rewind(former), former, Skips()
                 unwritten.clear()
                 saving = False
                 began = time.monotonic() - state.seconds
@@ -102,7 +109,7 @@ def run_loop(
                     **row_type.parts(others),
                 )
                 rows.append(row)
-                unwritten.append(row)
+                unwritten += [row] if processes.first else []
                 with writer.telling("metrics.csv", run.path):
                     while unwritten:
                         append_metrics(run.metrics_file, unwritten[0])
@@ -124,13 +131,18 @@ def run_loop(
             if state.step % config.checkpoint_every == 0:
                 skips.read()
                 saving = True
-            if (saving and not skips.in_a_row) or last or stop.received:
+            stopping = processes.any(stop.received)
+            if (saving and not skips.in_a_row) or last or stopping:
                 save()  # but not what may have to be gone back from
                 saving = False
-                with writer.telling("loss.png", run.path):
-                    plot_loss(rows, run.loss_file)
+                if processes.first:
+                    with writer.telling("loss.png", run.path):
+                        plot_loss(rows, run.loss_file)
             try:  # pictures and scores may take minutes, and change nothing that is learnt
-                stop.leave_at_once()
+                if processes.num == 1:
+                    stop.leave_at_once()
+                elif stopping:  # later they could only leave each other waiting
+                    raise _StopNow
                 if config.sample_every and (state.step % config.sample_every == 0 or last):
                     with writer.telling("a picture", run.samples):
                         draw()
@@ -140,7 +152,7 @@ def run_loop(
                 stop.leaving = False
             except _StopNow:
                 stop.leaving = False
-            if stop.received and not last:
+            if (stopping or (processes.num == 1 and stop.received)) and not last:
                 save()
                 writer.finish()
                 raise Interrupted(f"stopped at step {state.step:,} and saved; to go on, run the same command again.")
@@ -150,7 +162,7 @@ def run_loop(
 def _former_step(run: RunDir, writer: Writer, skips: Skips, step: int, gone_back_to: int) -> int:
     """The step of the last checkpoint; DitcliError where there is none, or none since the run last went back."""
     writer.wait()
-    former = (run.saved_steps() or [0])[-1]
+    former = writer.processes.agree((run.saved_steps() or [0])[-1])
     if former > gone_back_to:
         return former
     again = f", as before from the checkpoint of step {former:,}," if former else ""
@@ -174,6 +186,7 @@ def apply_gradients(optimizer: torch.optim.Optimizer, lr: float, clip: float) ->
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if clip:
         torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     for group in optimizer.param_groups:
         group["lr"] = lr
     # Where a gradient scaler would put its finding the fused optimiser looks on the device, so that nobody waits.

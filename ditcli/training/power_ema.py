@@ -24,6 +24,7 @@ from ditcli.files import remove_partials
 from ditcli.models.files import read_tensors, write_tensors
 from ditcli.progress import progress, say
 from ditcli.training.checkpoints import write_weights
+from ditcli.training.sharding import laid_out_as
 from ditcli.training.writer import telling
 
 SIGMAS = (0.05, 0.10)
@@ -70,7 +71,7 @@ class PowerAverages:
     def load(self, saved: Mapping[str, Tensor]) -> None:
         """Take over values that were saved; KeyError where there are none."""
         for name, value in self.values.items():
-            value.copy_(saved[name])
+            value.copy_(laid_out_as(value, saved[name]))
 
 
 def inner_products(steps: np.ndarray, sigmas: np.ndarray, others: np.ndarray, their_sigmas: np.ndarray) -> np.ndarray:

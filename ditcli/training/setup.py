@@ -17,11 +17,12 @@ from ditcli.config import ModelConfig, TrainConfig, TrainVaeConfig, VaeConfig
 from ditcli.data.folders import ImageDataset, open_dataset
 from ditcli.data.latents import EncodedDataset, open_latents
 from ditcli.devices import choose_dtype, open_device
-from ditcli.errors import CheckpointError, ResumeError
+from ditcli.errors import CheckpointError, ResumeError, SettingError
 from ditcli.files import write_text
 from ditcli.hub import is_pinned, lasting_codec_name
 from ditcli.memory import kept_per_image
 from ditcli.models.conv import make_network
+from ditcli.processes import Processes, join
 from ditcli.progress import say
 from ditcli.runs import RUNS, RunDir
 from ditcli.training.checkpoints import remove_leftovers
@@ -50,11 +51,14 @@ class Setup:
     codec: Codec
     device: torch.device
     dtype: torch.dtype
+    processes: Processes
     source: Source | None = None
 
 
 def prepare(config: TrainConfig) -> Setup:
     """Open the data and the codec, and settle model, device and run folder. Nothing is written."""
+    processes = join(config.device)
+    _check_batch(config, processes)
     device = open_device(config.device)
     dataset = open_latents(Path(config.data)) or open_dataset(config.data, label_attr=config.label_attr)
     if isinstance(dataset, EncodedDataset):
@@ -84,7 +88,18 @@ def prepare(config: TrainConfig) -> Setup:
             image_size=config.image_size,
             class_names=names,
         )
-    return Setup(config, model, run, dataset, codec, device, dtype, source)
+    return Setup(config, model, run, dataset, codec, device, dtype, processes, source)
+
+
+def _check_batch(config: TrainConfig, processes: Processes) -> None:
+    """SettingError where the processes have no part of the batch, or parts that a sharded network cannot take."""
+    size, num = config.batch_size, processes.num
+    if size < num:
+        raise SettingError(f"batch-size is {size}, but must be at least {num}: one image for each process.")
+    if config.shard and size % num:
+        raise SettingError(f"batch-size is {size}, but with --shard must be a multiple of the {num} processes.")
+    if config.shard and num == 1:
+        say("Note: there is one process, so --shard has nothing to share.")
 
 
 def _codec_of(run: RunDir, name: str) -> str:
@@ -133,12 +148,16 @@ def describe(setup: Setup) -> dict[str, object]:
 
 def start_or_resume(setup: Setup) -> TrainState:
     """A fresh state in a new run folder, or the last checkpoint's. Raises ResumeError for a run of other settings."""
-    checkpoint = open_run(setup.run, setup.config, setup.model, setup.dataset, setup.device)
+    checkpoint = None
+    if setup.processes.first:
+        checkpoint = open_run(setup.run, setup.config, setup.model, setup.dataset, setup.device)
+    checkpoint = setup.processes.agree(checkpoint)
+    rest = (setup.config, setup.model, setup.device, setup.source, setup.processes, setup.dtype)
     if checkpoint is None:
         if setup.source:
             say_what_is_new(setup.source, setup.model)
-        return new_state(setup.config, setup.model, setup.device, setup.source)
-    return load_state(checkpoint, setup.config, setup.model, setup.device, setup.source)
+        return new_state(*rest)
+    return load_state(checkpoint, *rest)
 
 
 def open_run(

@@ -19,6 +19,7 @@ from ditcli.training.loop import apply_gradients, learning_rate
 from ditcli.training.metrics import NOISE_LEVELS
 from ditcli.training.objective import by_noise_level, diffusion_loss
 from ditcli.training.setup import Setup
+from ditcli.training.sharding import exchange_after, replicate
 from ditcli.training.state import TrainState
 
 
@@ -27,20 +28,21 @@ class Steps:
 
     def __init__(self, setup: Setup, state: TrainState, batches: Batches, diffusion: Diffusion):
         self.setup, self.state, self.batches, self.diffusion = setup, state, batches, diffusion
-        config = setup.config
+        config, self.size = setup.config, len(setup.processes.part(setup.config.batch_size))
         if config.micro_batch == "auto":
-            self.micro_batch = fitting_micro_batch(
+            fitting = fitting_micro_batch(
                 setup.model.dit,
-                config.batch_size,
+                self.size,
                 device=str(setup.device),
                 bytes_per_number=setup.dtype.itemsize,
                 checkpointed=config.checkpoint_activations,
                 reserved=12 * sum(p.numel() for p in unfrozen(state.model)),  # gradients and AdamW's two moments
             )
-            if self.micro_batch < config.batch_size:
+            self.micro_batch = min(setup.processes.collect(fitting))
+            if self.micro_batch < self.size:
                 say(f"Micro-batches of {self.micro_batch} images fit into memory.")
         else:
-            self.micro_batch = int(config.micro_batch or config.batch_size)
+            self.micro_batch = min(int(config.micro_batch or self.size), self.size)
         # Blocks are alike: what is compiled for one serves all, in a fraction of the time that the whole would take.
         self.compiled = list(state.model.get_submodule("blocks").children()) if self._compiles() else []
         for block in self.compiled:
@@ -48,6 +50,7 @@ class Steps:
         if self.compiled:
             say("The first step takes longer: the blocks are compiled.")
         self.worked = False
+        self.network = replicate(state.model, setup.processes)
 
     def _compiles(self) -> bool:
         compile = self.setup.config.compile
@@ -71,7 +74,8 @@ class Steps:
     def _backward(self, batch: Batch) -> Tensor:
         """Gradients, and what is measured of the loss, (17,).
 
-        Out of memory it begins anew with smaller parts, and where compiling fails, without.
+        Out of memory it begins anew with smaller parts, and where compiling fails, without. Several processes cannot,
+        since each may be at another place of what they exchange: DitcliError says what to do.
         """
         while True:
             try:
@@ -83,6 +87,8 @@ class Steps:
                 if not failed_to_compile and not is_out_of_memory(error):
                     raise
                 reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+                if self.setup.processes.num > 1:
+                    raise DitcliError(self._advice(reason, failed_to_compile)) from error
             # Here and not in the except clause, whose traceback holds what is to be freed.
             self._clear()
             if failed_to_compile:
@@ -91,15 +97,25 @@ class Steps:
                 self._halve()
 
     def _accumulate(self, micro_batches: list[Batch]) -> Tensor:
-        config, state, device = self.setup.config, self.state, self.setup.device
+        config, device, processes = self.setup.config, self.setup.device, self.setup.processes
         measured = torch.zeros(1 + 2 * NOISE_LEVELS, device=device)
         for batch in micro_batches:
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.setup.dtype == torch.bfloat16):
-                losses = diffusion_loss(state.model, self.diffusion, batch, config.loss)
-            loss = losses.mean() / len(micro_batches)
-            loss.backward()
-            measured += by_noise_level(losses.detach(), batch.t) / len(micro_batches)
-        return measured
+            with exchange_after(self.network, last=batch is micro_batches[-1]):
+                with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.setup.dtype == torch.bfloat16):
+                    losses = diffusion_loss(self.network, self.diffusion, batch, config.loss)
+                # Of several processes the mean of their gradients is taken.
+                (losses.sum() * (processes.num / config.batch_size)).backward()
+            measured += by_noise_level(losses.detach(), batch.t) * (len(losses) / config.batch_size)
+        return processes.sum(measured)
+
+    def _advice(self, reason: str, failed_to_compile: bool) -> str:
+        trouble, cure = (
+            f"out of memory with {self.micro_batch} images at a time in a process",
+            "a smaller --micro-batch",
+        )
+        if failed_to_compile:
+            trouble, cure = f"torch.compile does not work here ({reason})", "--no-compile"
+        return f"{trouble}: run the same command again with {cure}; it goes on from the last checkpoint."
 
     def _halve(self) -> None:
         if self.micro_batch == 1:
@@ -107,7 +123,7 @@ class Steps:
                 "out of memory with one image at a time: try --checkpoint-activations, a smaller --model or another "
                 "--device."
             )
-        former, self.micro_batch = self.micro_batch, next_micro_batch(self.setup.config.batch_size, self.micro_batch)
+        former, self.micro_batch = self.micro_batch, next_micro_batch(self.size, self.micro_batch)
         say(f"Out of memory with {former} images at a time: going on with {self.micro_batch}.")
 
     def _give_up_compiling(self, reason: str) -> None:

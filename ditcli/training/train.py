@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,16 +49,19 @@ def train(config: TrainConfig) -> RunDir:
     when gradients stay not finite.
     """
     setup = prepare(config)
-    with setup.run.lock(), Writer(setup.config.when_disk_full) as writer:
+    lock = setup.run.lock() if setup.processes.first else nullcontext()
+    with lock, Writer(setup.config.when_disk_full, setup.processes) as writer:
         _train(setup, writer)
     return setup.run
 
 
 def _train(setup: Setup, writer: Writer) -> None:
-    config, run = setup.config, setup.run
-    check_same_settings(run, config, setup.dataset)
-    if (run.saved_steps() or [0])[-1] >= config.steps:
-        say(f"{run.path} already has {run.saved_steps()[-1]:,} steps; give a higher --steps to go on.")
+    config, run, processes = setup.config, setup.run, setup.processes
+    if processes.first:
+        check_same_settings(run, config, setup.dataset)
+    done = processes.agree((run.saved_steps() or [0])[-1])
+    if done >= config.steps:
+        say(f"{run.path} already has {done:,} steps; give a higher --steps to go on.")
         return
     latents = load_latents(
         setup.dataset,
@@ -66,12 +70,19 @@ def _train(setup: Setup, writer: Writer) -> None:
         flip=config.flip,
         strict=config.strict,
         num_workers=config.num_workers or os.cpu_count() or 1,
+        processes=processes,
     )
     state = start_or_resume(setup)
     warn_of_scale(*measure(latents, setup.codec), setup.codec)
     diffusion = Diffusion(setup.model.diffusion)
     batches = Batches(
-        latents, setup.codec, diffusion, config, num_classes=setup.model.dit.num_classes, device=setup.device
+        latents,
+        setup.codec,
+        diffusion,
+        config,
+        num_classes=setup.model.dit.num_classes,
+        device=setup.device,
+        processes=processes,
     )
     batches.order = state.order
     forget_snapshots(run, state.step)
@@ -79,12 +90,13 @@ def _train(setup: Setup, writer: Writer) -> None:
     parameters, trained = (sum(p.numel() for p in ps) for ps in (state.model.parameters(), unfrozen(state.model)))
     precision = "bf16" if setup.dtype == torch.bfloat16 else "fp32"
     share = f"{trained / 1e6:.2f} M of " if trained < parameters else ""
-    say(f"Training {share}{parameters / 1e6:.1f} M parameters on {setup.device} in {precision}; run folder {run.path}")
+    where = f"{setup.device}" if processes.num == 1 else f"{processes.num} x {setup.device.type}"
+    say(f"Training {share}{parameters / 1e6:.1f} M parameters on {where} in {precision}; run folder {run.path}")
     score = None
     if config.eval_every:
         from ditcli.evaluation.during_training import open_training_score
 
-        score = open_training_score(config, setup.dataset, diffusion.schedule, setup.device)
+        score = open_training_score(config, setup.dataset, diffusion.schedule, setup.device, processes)
     best = BestWeights(run, state.step, writer, score.name if score else None)
     run_loop(
         config,
@@ -102,12 +114,12 @@ def _train(setup: Setup, writer: Writer) -> None:
 
 
 def _peak_rate(setup: Setup) -> float | None:
-    """Images/s, were the device always busy with the model's operations in bf16; None where its peak is not known."""
+    """Images/s, were the devices always busy with the model's operations in bf16; None where its peak is not known."""
     peak = bf16_peak(setup.device)
     if peak is None:
         return None
     with torch.device("meta"):
-        return peak / training_flops(make_network(setup.model.dit), setup.model.dit)
+        return setup.processes.num * peak / training_flops(make_network(setup.model.dit), setup.model.dit)
 
 
 def _go_back(checkpoint: Path, state: TrainState, batches: Batches, best: BestWeights) -> None:
@@ -134,11 +146,13 @@ def _judge(
     config, last = setup.config, state.step == setup.config.steps
     _store_averages(setup, state, best.writer)
     if score and (state.step % config.eval_every == 0 or last):
-        value = score(as_denoiser(state.average, setup.model, dtype=setup.dtype), numpy_decoder(setup.codec))
+        denoiser = as_denoiser(state.drawing_network(), setup.model, dtype=setup.dtype)
+        value = score(denoiser, numpy_decoder(setup.codec))
         best.judge_score(state.step, value, save=lambda: _save(setup, state, best.writer))
         if rows:
             rows[-1] = replace(rows[-1], score=value)
-            write_metrics(setup.run.metrics_file, rows, DiffusionRow)
+            if setup.processes.first:
+                write_metrics(setup.run.metrics_file, rows, DiffusionRow)
         return True
     if not score and (state.step % config.checkpoint_every == 0 or last):
         best.judge_loss(state.step, rows, save=lambda: _save(setup, state, best.writer))
@@ -158,15 +172,19 @@ def _draw_grid(setup: Setup, state: TrainState) -> None:
     """A row of samples per class from the averaged weights, with the same starting noise every time."""
     config, names = setup.config, setup.model.class_names[:MOST_CLASSES_IN_A_GRID]
     rows = max(len(names), 1)
-    images = list(
+    part = setup.processes.part(rows * config.sample_num)
+    drawn = list(
         draw(
-            as_denoiser(state.average, setup.model, dtype=setup.dtype),
+            as_denoiser(state.drawing_network(), setup.model, dtype=setup.dtype),
             numpy_decoder(setup.codec),
-            labels=[label for label in range(rows) for _ in range(config.sample_num)],
-            seeds=list(range(config.sample_num)) * rows,
+            labels=[i // config.sample_num for i in part],
+            seeds=[i % config.sample_num for i in part],
             cfg=config.sample_cfg if names else 1.0,
             steps=config.sample_steps,
         )
     )
+    images = [image for images in setup.processes.collect(drawn) for image in images]
+    if not setup.processes.first:
+        return
     grid = make_grid([images[i * config.sample_num : (i + 1) * config.sample_num] for i in range(rows)], names)
     write_png(setup.run.samples / f"step-{state.step:08}.png", grid, {"ditcli": json.dumps({"step": state.step})})

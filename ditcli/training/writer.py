@@ -15,6 +15,7 @@ from torch import Tensor
 from ditcli.config import WhenDiskFull
 from ditcli.errors import SavingError
 from ditcli.memory import free_memory
+from ditcli.processes import ALONE, Processes
 from ditcli.progress import say
 
 # Copies for the writer may take this part of the memory that nobody uses.
@@ -35,11 +36,12 @@ class Writer:
 
     With `go-on` a checkpoint that cannot be written is told to the user instead, and raised by `finish` alone if no
     later one could be written either. Leaving the context lets the thread end what it has. `saved` is the step of the
-    last checkpoint that it was given.
+    last checkpoint that it was given. Of several processes the first one writes, and the others drop what they give.
     """
 
-    def __init__(self, when_disk_full: WhenDiskFull = "stop") -> None:
+    def __init__(self, when_disk_full: WhenDiskFull = "stop", processes: Processes = ALONE) -> None:
         self._go_on = when_disk_full == "go-on"
+        self.processes = processes
         self.saved: int | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="writer")
         self._tasks: list[Future[object]] = []
@@ -56,8 +58,10 @@ class Writer:
     def copy(self, tensors: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
         """Copies in the machine's memory, in buffers that are used again for these names: former tasks are waited for.
 
-        Where memory is too small the tensors themselves, and then the next task is waited for.
+        Where memory is too small the tensors themselves, and then the next task is waited for. None where it is dropped.
         """
+        if not self.processes.first:
+            return {}
         self.wait()
         needed = sum(t.nbytes for name, t in tensors.items() if prefix + name not in self._buffers)
         if needed > SHARE_OF_FREE * free_memory("cpu"):
@@ -98,6 +102,8 @@ class Writer:
 
     def submit(self, task: Callable[[], object]) -> None:
         """Do it after all that came before."""
+        if not self.processes.first:
+            return
         self._tasks.append(self._thread.submit(task))
         if self._waiting:
             self.wait()
@@ -122,10 +128,11 @@ class Writer:
             self._end(self._tasks.pop(0))
 
     def finish(self) -> None:
-        """Wait for all tasks; raises SavingError where the last checkpoint could not be written."""
+        """Wait for all tasks, of all processes; raises SavingError where the last checkpoint could not be written."""
         self.wait()
         if self._failure:
             raise self._failure
+        self.processes.collect(None)
 
     def _end(self, task: Future[object]) -> None:
         try:
