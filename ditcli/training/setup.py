@@ -58,7 +58,7 @@ class Setup:
 def prepare(config: TrainConfig) -> Setup:
     """Open the data and the codec, and settle model, device and run folder. Nothing is written."""
     processes = join(config.device)
-    _check_batch(config, processes)
+    check_batch(config, processes)
     device = open_device(config.device)
     dataset = open_latents(Path(config.data)) or open_dataset(config.data, label_attr=config.label_attr)
     if isinstance(dataset, EncodedDataset):
@@ -91,7 +91,7 @@ def prepare(config: TrainConfig) -> Setup:
     return Setup(config, model, run, dataset, codec, device, dtype, processes, source)
 
 
-def _check_batch(config: TrainConfig, processes: Processes) -> None:
+def check_batch(config: TrainConfig, processes: Processes) -> None:
     """SettingError where the processes have no part of the batch, or parts that a sharded network cannot take."""
     size, num = config.batch_size, processes.num
     if size < num:

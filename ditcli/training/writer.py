@@ -58,7 +58,7 @@ class Writer:
     def copy(self, tensors: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
         """Copies in the machine's memory, in buffers that are used again for these names: former tasks are waited for.
 
-        Where memory is too small the tensors themselves, and then the next task is waited for. None where it is dropped.
+        Where memory is too small the tensors themselves, and then the next task is waited for.
         """
         if not self.processes.first:
             return {}
