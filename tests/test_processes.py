@@ -32,6 +32,7 @@ from ditcli.runs import RunDir, state_file
 from ditcli.sampling import sample
 from ditcli.training.batches import Batches
 from ditcli.training.metrics import DiffusionRow, read_metrics
+from ditcli.training.power_ema import snapshot_file
 from ditcli.training.setup import check_batch
 from ditcli.training.train import train
 
@@ -128,10 +129,16 @@ def assert_same_files(run: RunDir, other: RunDir, step: int) -> None:
     for found, expected in (paths, tuple(state_file(path) for path in paths)):
         shapes = [{key: tuple(value.shape) for key, value in load_file(path).items()} for path in (found, expected)]
         assert shapes[0] == shapes[1]
-    for name, value in load_file(paths[0]).items():
-        torch.testing.assert_close(value, load_file(paths[1])[name], rtol=1e-3, atol=1e-5)
+    assert_same_weights(*paths)
     grids = [np.asarray(Image.open(r.samples / f"step-{step:08}.png")).astype(int) for r in (run, other)]
     assert np.abs(grids[0] - grids[1]).max() <= 1
+
+
+def assert_same_weights(found: Path, expected: Path) -> None:
+    weights, others = load_file(found), load_file(expected)
+    assert weights.keys() == others.keys()
+    for name, value in weights.items():
+        torch.testing.assert_close(value, others[name], rtol=1e-3, atol=1e-5)
 
 
 def test_two_processes_train_as_one_and_one_goes_on(alone, pictures, tmp_path):
@@ -143,12 +150,13 @@ def test_two_processes_train_as_one_and_one_goes_on(alone, pictures, tmp_path):
 
 
 def test_sharded_weights_train_as_whole_ones_from_a_checkpoint_and_to_one(alone, pictures, tmp_path):
-    even = {"batch_size": 16, "micro_batch": 4}
+    even = {"batch_size": 16, "micro_batch": 4, "ema_snapshot_every": 6}
     whole = train_alone(tmp_path / "whole", pictures, **even)
     train_alone(tmp_path, pictures, steps=3, **even)
-    run, told = train_together(tmp_path, pictures, steps=6, shard=True, **even)
+    run, told = train_together(tmp_path, pictures, steps=6, shard=True, checkpoint_activations=True, **even)
     assert told.count("from step 3") == 1
     assert_same_files(run, whole, 6)
+    assert_same_weights(snapshot_file(run, 6), snapshot_file(whole, 6))
     assert_same_curve(train_alone(tmp_path, pictures, **even), whole)
 
 

@@ -31,6 +31,7 @@ from ditcli.training.loop import run_loop
 from ditcli.training.metrics import DiffusionRow, write_metrics
 from ditcli.training.power_ema import forget_snapshots, snapshot_file, write_snapshot
 from ditcli.training.setup import Setup, check_same_settings, prepare, start_or_resume
+from ditcli.training.sharding import whole
 from ditcli.training.state import TrainState, restore
 from ditcli.training.step import Steps
 from ditcli.training.writer import Writer
@@ -85,7 +86,8 @@ def _train(setup: Setup, writer: Writer) -> None:
         processes=processes,
     )
     batches.order = state.order
-    forget_snapshots(run, state.step)
+    if processes.first:
+        forget_snapshots(run, state.step)
     _store_averages(setup, state, writer)  # the process may have been killed just before
     parameters, trained = (sum(p.numel() for p in ps) for ps in (state.model.parameters(), unfrozen(state.model)))
     precision = "bf16" if setup.dtype == torch.bfloat16 else "fp32"
@@ -124,7 +126,8 @@ def _peak_rate(setup: Setup) -> float | None:
 
 def _go_back(checkpoint: Path, state: TrainState, batches: Batches, best: BestWeights) -> None:
     restore(state, checkpoint)
-    forget_snapshots(best.run, state.step)
+    if state.processes.first:
+        forget_snapshots(best.run, state.step)
     state.order += 1
     batches.order = state.order
     best.rewind(state.step)
@@ -134,8 +137,8 @@ def _store_averages(setup: Setup, state: TrainState, writer: Writer) -> None:
     """Where it is time have a snapshot written, unless that was done."""
     every, step = setup.config.ema_snapshot_every, state.step
     due = state.powers and step and (step % every == 0 or step == setup.config.steps)
-    if state.powers and due and not snapshot_file(setup.run, step).is_file():
-        values = writer.copy(state.powers.values, "snapshot.")
+    if state.powers and due and not state.processes.agree(snapshot_file(setup.run, step).is_file()):
+        values = writer.copy(whole(state.powers.values, state.processes), "snapshot.")
         writer.submit(lambda: write_snapshot(setup.run, step, values))
 
 
