@@ -24,12 +24,14 @@ def fitting_batch(denoiser: Denoiser, dit: DiTConfig, *, passes: int) -> int:
 def _free_beside(array: Array) -> tuple[str, int]:
     """`cpu` or `cuda`, and the free bytes of the device on which an array of some runtime lies."""
     device = array.device
+    if hasattr(device, "mem_info"):  # CuPy's, where there may be no torch to ask
+        return "cuda", device.mem_info[0]
     pool = device.memory_stats() if hasattr(device, "memory_stats") else None  # JAX takes most of a GPU for itself
     if pool:
         return "cuda", pool["bytes_limit"] - pool["bytes_in_use"]
     if "cuda" not in str(device).lower():
         return "cpu", free_memory("cpu")
-    number = getattr(device, "id", getattr(device, "index", None))  # CuPy's, torch's
+    number = getattr(device, "id", getattr(device, "index", None))  # JAX's, torch's
     return "cuda", free_memory(f"cuda:{number or 0}")
 
 

@@ -65,6 +65,7 @@ def _open_on_cuda(path: Path, number: int) -> ort.InferenceSession:
                 raise
             raise _NoCuda(f"CUDA device {number} failed ({error})", "See `nvidia-smi` for what is free") from error
     if CUDA in session.get_providers():  # where its provider does not load, the session is on the CPU without a word
+        session.disable_fallback()  # nor go there when a run fails
         return session
     name = "onnxruntime_providers_cuda.dll" if sys.platform == "win32" else "libonnxruntime_providers_cuda.so"
     try:

@@ -78,13 +78,19 @@ def open_denoiser(path: Path, *, device: str = "auto") -> tuple[OnnxDenoiser, Mo
 
 
 def _arrays_of(session: ort.InferenceSession) -> ModuleType:
-    """CuPy for a session on a GPU, so that states stay there, where it is installed; else numpy."""
+    """CuPy for a session on a GPU, so that states stay there, where it is installed and works; else numpy."""
     if CUDA not in session.get_providers():
         return np
     try:
         import cupy
-    except ImportError:
-        say("States are copied to the GPU and back at each step; `pip install 'ditcli[cuda]'` keeps them there.")
+
+        cupy.cuda.Device(int(session.get_provider_options()[CUDA]["device_id"])).use()
+        cupy.ones(1)  # compiles a kernel, for which a library or a header of CUDA may be missing
+    except Exception as error:
+        cause = "CuPy is not installed" if isinstance(error, ModuleNotFoundError) else f"CuPy failed: {error}"
+        say(
+            f"States are copied to the GPU and back at each step, since {' '.join(cause.split())[:200]}; "
+            "`pip install 'ditcli[cuda]'` keeps them there."
+        )
         return np
-    cupy.cuda.Device(int(session.get_provider_options()[CUDA]["device_id"])).use()
     return cupy
