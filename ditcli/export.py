@@ -259,14 +259,16 @@ def _store_in_fp16(graph: ir.Graph) -> None:
 @contextmanager
 def _quiet_exporter() -> Iterator[None]:
     """Keep what the exporter says of packages we do not need, and of its own insides, from the terminal."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(action="ignore"):
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _publish(partial: Path, out: Path, file: str) -> Path:

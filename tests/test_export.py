@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -205,12 +206,13 @@ def test_the_decoder_equals_torch(latent):
     assert 1e-6 < decoder_difference(latent.path.with_name("decoder.onnx"), latent.run.path.parent / "vae") < 1e-2
 
 
-def test_the_decoder_of_another_vae(latent, tmp_path):
+def test_the_decoder_of_another_vae(latent, tmp_path, caplog):
     torch.manual_seed(1)
     save_codec(AutoencoderKL(KL), tmp_path / "kl")
     config = ExportConfig(model=str(latent.run.path), vae=str(tmp_path / "kl"), out=str(tmp_path / "out"))
     _, decoder = export_onnx(config).files
     assert decoder_difference(decoder, tmp_path / "kl") < 1e-5
+    assert [record.message for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
 def test_a_published_pipeline_exports_and_draws_the_same_picture(tmp_path, shared):
