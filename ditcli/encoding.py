@@ -21,13 +21,14 @@ from ditcli.codecs.codec import Codec
 from ditcli.codecs.named import open_named_codec
 from ditcli.codecs.reconstruct import perceptual_distance, psnr
 from ditcli.config import DEFAULT_VAE, DecodeConfig, EncodeConfig
-from ditcli.data.folders import ImageDataset, open_dataset
+from ditcli.data.folders import ImageDataset
 from ditcli.data.latent_files import MANIFEST, Moments, encode_into
 from ditcli.data.latents import (
     Latents,
     check_space,
     measure,
     open_latents,
+    open_pictures,
     report_unreadable,
     same_weights,
     warn_of_scale,
@@ -63,14 +64,16 @@ def encode(config: EncodeConfig) -> Encoded:
     the results of other settings, DataError for a disk that is too small and where no picture can be read.
     """
     out, processes = Path(config.out), join(config.device)
+    device = open_device(config.device)
     perceptual = None
     if config.reconstruct and config.lpips != "none":
-        perceptual = load_lpips(find_lpips(config.lpips))
-    dataset = open_dataset(config.data, label_attr=config.label_attr)
+        perceptual = load_lpips(find_lpips(config.lpips)).to(device)
+        perceptual.check_size(config.image_size)
+    dataset = open_pictures(config.data, label_attr=config.label_attr)
     say(f"{config.data}: {dataset.layout}; {dataset.summary()}")
-    device = open_device(config.device)
     name = config.vae or DEFAULT_VAE
     codec = open_named_codec(name, device=device, dtype=choose_dtype(config.precision, device), tile=config.tile)
+    codec.latent_shape(config.image_size, config.image_size)
     both = config.flip and not codec.flip_equivariant
     settings = _settings(config, dataset, codec)
     partial = out.with_name(f"{out.name}.partial")
@@ -237,7 +240,7 @@ def decode(latents: str, config: DecodeConfig) -> list[Path]:
         digest, read = dataset.fingerprint(), _reader(moments)
         channels = moments.shape[2]
     else:
-        rows = np.load(source)
+        rows = _read_array(source)
         rows = rows[None] if rows.ndim == 3 else rows
         if rows.ndim != 4:
             raise DataError(f"{latents} has the shape {rows.shape}, but must be (N, C, h, w) or (C, h, w).")
@@ -274,6 +277,16 @@ def picture_paths(out: Path, names: Sequence[str]) -> list[Path]:
         path.with_name(f"{PurePosixPath(name).name}.png") if times[path] > 1 else path
         for path, name in zip(paths, names, strict=True)
     ]
+
+
+def _read_array(path: Path) -> np.ndarray:
+    try:
+        rows = np.load(path)
+    except (ValueError, EOFError) as error:
+        raise DataError(f"{path} is damaged or no .npy file of numbers: write it again with numpy.save.") from error
+    if rows.dtype.kind not in "fiu":
+        raise DataError(f"{path} holds {rows.dtype}, but latents are numbers.")
+    return rows
 
 
 def _reader(moments: Moments) -> Callable[[int], np.ndarray]:

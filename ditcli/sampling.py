@@ -270,7 +270,8 @@ def _plan(config: SampleConfig, classes: list[int], names: Sequence[str]) -> lis
     if config.interpolate == "labels":
         if len(names) < 2 or len(classes) != 2:
             raise SettingError(
-                f"a walk between labels needs two of them, but there are {len(classes) if names else 0}."
+                f"a walk between labels needs two of them, but there are {len(classes) if names else 0}: "
+                + ("name them with --labels." if len(names) > 1 else "use --interpolate seeds.")
             )
         first, last = (names[label] for label in classes)
         stem = f"{words[classes[0]]}-{words[classes[1]]}_seed{seed}"

@@ -258,6 +258,14 @@ def test_decode_takes_an_npy_file(pictures, vae, tmp_path):
         np.testing.assert_array_equal(np.array(Image.open(path)), expected)
     with pytest.raises(DataError, match="--vae"):
         decode(str(tmp_path / "m.npy"), DecodeConfig())
+    np.save(tmp_path / "words.npy", np.array([[["a"]]]))
+    (tmp_path / "half.npy").write_bytes((tmp_path / "m.npy").read_bytes()[:-1])
+    for content in (b"", b"no array", b"\x93NUMPY"):
+        (tmp_path / f"{len(content)}.npy").write_bytes(content)
+    for file, told in (("words", "holds <U1"), *((name, "is damaged") for name in ("half", "0", "8", "6"))):
+        with pytest.raises(DataError, match=told):
+            decode(str(tmp_path / f"{file}.npy"), DecodeConfig(vae=str(vae), out=str(tmp_path / "never")))
+    assert not (tmp_path / "never").exists()
 
 
 def test_names_that_lead_out_of_the_folder_are_refused(pictures, vae, tmp_path):
@@ -348,6 +356,20 @@ def test_reconstruct_on_real_pictures_from_the_command_line(shared, tmp_path):
     assert found.item() > 15
     result = CliRunner().invoke(cli, ["decode", out, "--out", str(tmp_path / "pngs"), "--num", "3"])
     assert [Path(line).is_file() for line in result.stdout.splitlines()] == [True] * 3
+
+
+def test_what_cannot_be_encoded_is_refused_before_anything_is_written(pictures, vae, tmp_path, shared):
+    encode(config(pictures, vae, tmp_path / "latents", reconstruct=True, lpips="none"))  # it holds pictures, too
+    before = sorted(tmp_path.iterdir())
+    lpips = {"reconstruct": True, "lpips": str(shared / "weights" / "lpips_squeeze")}
+    for changes, told in [
+        ({"data": str(tmp_path / "latents")}, "holds latents, not pictures"),
+        ({"image_size": 31}, "use a multiple of 2, such as 32x32"),
+        ({"image_size": 16} | lpips, "LPIPS needs 17 at least.*--lpips none"),
+    ]:
+        with pytest.raises(DitcliError, match=told):
+            encode(config(pictures, vae, tmp_path / "out", **changes))
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_reconstruct_without_lpips_weights_says_how_to_go_on(pictures, vae, tmp_path):

@@ -69,15 +69,24 @@ def test_nothing_imports_in_circles():
         visit(module, ())
 
 
+def packages_of(path: Path) -> set[str]:
+    """Top-level packages that a file imports anywhere."""
+    return {
+        (node.module or "").split(".")[0] if isinstance(node, ast.ImportFrom) else alias.name.split(".")[0]
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for alias in node.names
+    }
+
+
 def test_the_diffusion_room_imports_no_torch():
     for path in (ROOT / "diffusion").rglob("*.py"):
-        roots = {
-            (node.module or "").split(".")[0] if isinstance(node, ast.ImportFrom) else alias.name.split(".")[0]
-            for node in ast.walk(ast.parse(path.read_text()))
-            if isinstance(node, ast.Import | ast.ImportFrom)
-            for alias in node.names
-        }
-        assert "torch" not in roots, path.name
+        assert "torch" not in packages_of(path), path.name
+
+
+def test_nothing_imports_diffusers():
+    """It is a reference for tests; its import takes seconds."""
+    assert [path.name for path in ROOT.rglob("*.py") if "diffusers" in packages_of(path)] == []
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ditcli.codecs.reconstruct import perceptual_distance
-from ditcli.errors import CheckpointError, ModelNotFoundError
+from ditcli.errors import CheckpointError, ModelNotFoundError, SettingError
 from ditcli.hub import find_lpips
-from ditcli.models.lpips import VGG_TAPS, load_lpips
+from ditcli.models.lpips import LPIPS, SMALLEST, VGG_TAPS, load_lpips, squeezenet, vgg16
 
 SQUEEZE = "squeezenet1_1_features_and_lpips_heads.safetensors"
 
@@ -93,6 +93,20 @@ def test_vgg_is_the_papers_formula(tmp_path: Path):
     # The package's own constants (-0.030 / 0.458 and so on) are ImageNet's, rounded.
     torch.testing.assert_close(lpips(a, b), expected, atol=0, rtol=5e-3)
     assert lpips(a, a).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("name", ["squeeze", "vgg"])
+def test_the_smallest_picture_that_it_can_compare(name):
+    lpips = LPIPS(name)
+    least = SMALLEST[name]
+    lpips.check_size(least)
+    with torch.device("meta"):  # shapes alone
+        network = squeezenet() if name == "squeeze" else vgg16()
+        assert network(torch.empty(1, 3, least, least)).shape[2:] == (1, 1)
+        with pytest.raises(RuntimeError, match="too small"):
+            network(torch.empty(1, 3, least - 1, least - 1))
+    with pytest.raises(SettingError, match=f"needs {least} at least.*--lpips none"):
+        lpips.check_size(least - 1)
 
 
 def test_missing_weights_say_which_and_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

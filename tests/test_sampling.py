@@ -362,7 +362,7 @@ def test_a_walk_between_labels_begins_and_ends_with_theirs(run, tmp_path):
     found = pixels(draw(run, tmp_path, labels=("bag", "coat"), sampler="heun", num=3, interpolate="labels"))
     assert np.abs(found[[0, -1]] - ends).max() <= 1
     assert np.abs(found[1] - (ends[0] + ends[1]) / 2).max() > 0.4 or (ends[0] == ends[1]).all()
-    with pytest.raises(ValueError, match="needs two of them, but there are 1"):
+    with pytest.raises(ValueError, match="needs two of them, but there are 1: name them with --labels"):
         draw(run, tmp_path, num=3, interpolate="labels")
 
 

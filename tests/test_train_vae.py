@@ -21,7 +21,7 @@ from ditcli.codecs.reconstruct import measure_latents
 from ditcli.codecs.vq_model import Codebook, VQModel, VQModelConfig
 from ditcli.config import VAE_PRESETS, TrainConfig, TrainVaeConfig
 from ditcli.data.folders import open_dataset
-from ditcli.errors import CheckpointError, ModelNotFoundError, ResumeError, SettingError
+from ditcli.errors import CheckpointError, DataError, ModelNotFoundError, ResumeError, SettingError
 from ditcli.hub import find_checkpoint, find_codec
 from ditcli.runs import RunDir, newest_run, read_model_config, state_file
 from ditcli.training.metrics import read_metrics
@@ -332,6 +332,13 @@ def test_too_small_an_image_for_the_discriminator_is_refused(tmp_path):
         tiny(tmp_path, widths=[8, 10])
 
 
+def test_latents_are_refused(tmp_path):
+    for name, held in (("manifest", {"class_names": [], "vae": "x", "image_size": 8}), ("names", [])):
+        (tmp_path / f"{name}.json").write_text(json.dumps(held))
+    with pytest.raises(DataError, match="holds latents, not pictures"):
+        train_vae(tiny(tmp_path / "run", data=str(tmp_path)))
+
+
 def test_presets_hold():
     for values in VAE_PRESETS.values():
         config = TrainVaeConfig.from_dict(values)
@@ -357,6 +364,7 @@ def test_real_pictures_from_the_command_line(shared, tmp_path):
     words = ["train-vae", "--data", data, "--config", str(file), "--out", run, *options]
     result = CliRunner().invoke(cli, words, catch_exceptions=False)
     assert result.stdout.splitlines() == [run]
+    assert f"ditcli train --data {data} --vae {run} --image-size 32" in result.stderr
     rows = read_metrics(RunDir(Path(run)).metrics_file, VaeRow)
     assert all(row.lpips > 0.1 for row in rows)
     assert all(row.loss == pytest.approx(row.distance + row.lpips, abs=1e-4) for row in rows)

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from ditcli.cli.options import Command, config_options, load_config
-from ditcli.config import VAE_PRESETS, TrainVaeConfig
+from ditcli.config import VAE_PRESETS, TrainConfig, TrainVaeConfig
 
 EXAMPLES = """
 ditcli train-vae --data ./celeba --preset small --lpips ./lpips
@@ -38,4 +38,5 @@ def command(preset: str | None, file: Path | None, **options: Any) -> None:
 
     run = train_vae(config)
     click.echo(run.path)
-    click.echo(f"Train with it: ditcli train --data {config.data} --vae {run.path}", err=True)
+    size = "" if config.image_size == TrainConfig.image_size else f" --image-size {config.image_size}"
+    click.echo(f"Train with it: ditcli train --data {config.data} --vae {run.path}{size}", err=True)

@@ -22,7 +22,8 @@ import torch
 
 from ditcli.codecs.codec import Codec
 from ditcli.codecs.reconstruct import measure_latents
-from ditcli.data.folders import ImageDataset
+from ditcli.config import TrainConfig
+from ditcli.data.folders import ImageDataset, open_dataset
 from ditcli.data.latent_files import MANIFEST, Moments, encode_into
 from ditcli.errors import CheckpointError, DataError, SettingError, UnreadableImageError
 from ditcli.hub import cache_folder
@@ -93,6 +94,13 @@ def open_latents(folder: Path) -> EncodedDataset | None:
         )
     except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
         raise CheckpointError(f"{folder / MANIFEST} is damaged ({error}): encode the pictures again.") from error
+
+
+def open_pictures(path_or_name: str, *, label_attr: str = TrainConfig.label_attr) -> ImageDataset:
+    """`open_dataset`, but DataError for latents, whose folder may hold pictures too: their reconstructions."""
+    if open_latents(Path(path_or_name)) is not None:
+        raise DataError(f"{path_or_name} holds latents, not pictures: give the folder that they were encoded from.")
+    return open_dataset(path_or_name, label_attr=label_attr)
 
 
 def load_latents(

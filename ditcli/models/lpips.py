@@ -16,11 +16,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ditcli.errors import CheckpointError, ModelNotFoundError
+from ditcli.errors import CheckpointError, ModelNotFoundError, SettingError
 
 # The layers of torchvision's `features` after which features are compared, and their widths.
 SQUEEZE_TAPS = {1: 64, 4: 128, 7: 256, 9: 384, 10: 384, 11: 512, 12: 512}
 VGG_TAPS = {3: 64, 8: 128, 15: 256, 22: 512, 29: 512}
+SMALLEST = {"squeeze": 17, "vgg": 16}  # side of a picture of which the last pooling leaves something
 
 # Where a folder holds the network and the learnt numbers in files of their own: how these files' names begin.
 PARTS = (("squeezenet1_1", "squeeze."), ("vgg16", "vgg."))
@@ -81,8 +82,16 @@ class LPIPS(nn.Module):
         self.register_buffer("std", torch.tensor([0.458, 0.448, 0.450])[:, None, None], persistent=False)
         self.requires_grad_(False)
 
+    def check_size(self, image_size: int) -> None:
+        """SettingError for pictures too small for the network."""
+        if image_size < SMALLEST[self.name]:
+            raise SettingError(
+                f"image-size is {image_size}, but LPIPS needs {SMALLEST[self.name]} at least: give a larger one, or go "
+                "on without LPIPS: --lpips none."
+            )
+
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        """Two times (N, 3, H, W) in [-1, 1], sides of 32 at least -> (N,) distances, 0 for equal pictures."""
+        """Two times (N, 3, H, W) in [-1, 1], sides of `SMALLEST` at least -> (N,) distances, 0 for equal pictures."""
         distance = torch.zeros(len(a), device=a.device)
         x, y = ((images - self.mean) / self.std for images in (a, b))
         heads = iter(self.heads)

@@ -19,8 +19,7 @@ from ditcli.codecs.folder import describe_autoencoder, save_codec
 from ditcli.codecs.pixels import PixelCodec
 from ditcli.codecs.reconstruct import measure_latents, perceptual_distance, psnr, reconstruct
 from ditcli.config import TrainVaeConfig, VaeConfig
-from ditcli.data.folders import open_dataset
-from ditcli.data.latents import load_latents
+from ditcli.data.latents import load_latents, open_pictures
 from ditcli.devices import choose_dtype, open_device
 from ditcli.errors import SettingError
 from ditcli.hub import find_lpips
@@ -129,7 +128,8 @@ class VaeTraining:
         perceptual = None
         if config.lpips != "none" and config.lpips_weight > 0:
             perceptual = load_lpips(find_lpips(config.lpips)).to(device)
-        dataset = open_dataset(config.data)
+            perceptual.check_size(config.image_size)
+        dataset = open_pictures(config.data)
         say(f"{config.data}: {dataset.layout}; {dataset.summary()}")
         check_same_settings(run, config, dataset)
         latents = load_latents(
