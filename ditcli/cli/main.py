@@ -28,6 +28,7 @@ COMMANDS = {
     "pull": ("pull", "Fetch a model or a VAE from the Hub into the cache."),
     "push": ("push", "Share a run on the Hub, with a model card."),
     "info": ("info", "Say what a model is: architecture, size, training, diffusion, codec."),
+    "ui": ("ui", "Serve a page on this machine on which pictures are seen to form."),
     "doctor": ("doctor", "Check this machine: packages, GPUs, runtimes, disk, the Hub, speed."),
     "completion": ("completion", "Print the script with which Tab completes in bash, zsh or fish."),
     "ema": ("ema", "Average a run's weights over another length than in training."),

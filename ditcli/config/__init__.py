@@ -25,6 +25,7 @@ from ditcli.config.sample import Backend, ExportConfig, ExportDtype, SampleConfi
 from ditcli.config.score import METRICS, NETWORKS, FidConfig, FidResize
 from ditcli.config.share import PushConfig
 from ditcli.config.train import DEFAULT_VAE, DEMO, PRESETS, TrainConfig
+from ditcli.config.ui import UiConfig
 from ditcli.config.vae import TILE, VAE_PRESETS, DecodeConfig, EncodeConfig, TrainVaeConfig, VaeConfig, VaeKind
 
 __all__ = [
@@ -62,6 +63,7 @@ __all__ = [
     "Spacing",
     "TrainConfig",
     "TrainVaeConfig",
+    "UiConfig",
     "VaeConfig",
     "VaeKind",
     "Walk",
