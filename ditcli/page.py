@@ -26,6 +26,7 @@ from ditcli.starts import Start
 
 MOST_PICTURES = 32
 FRAMES = 12  # of a picture on its way: each is decoded
+SHOWN = 480  # pixels of the longer side, at least half of them
 MOST_BOXES = 40  # more classes than these are searched, not ticked
 
 
@@ -166,6 +167,12 @@ def command_line(
     return shlex.join(words)
 
 
+def enlarge(grid: np.ndarray) -> np.ndarray:
+    """A small grid (H, W, 3) by a whole factor, without smoothing, so that it fills the page."""
+    factor = max(1, SHOWN // max(grid.shape[:2]))
+    return grid.repeat(factor, axis=0).repeat(factor, axis=1)
+
+
 def build(model: Model) -> Any:
     """The page."""
     import gradio as gr
@@ -188,7 +195,8 @@ def build(model: Model) -> Any:
                 seed = gr.Number(0, label="Seed", precision=0, minimum=0)
                 button = gr.Button("Draw", variant="primary")
             with gr.Column(scale=2, min_width=320):
-                picture = gr.Image(label="Pictures", format="png", interactive=False, height=560)
+                buttons = ["download", "fullscreen"]  # without `share`, which would upload
+                picture = gr.Image(label="Pictures", format="png", interactive=False, height=480, buttons=buttons)
                 state = gr.Textbox(label="State", value="Choose, then draw.", interactive=False)
                 command = gr.Textbox(
                     label="The same in a terminal", interactive=False, buttons=["copy"], elem_id="command"
@@ -201,7 +209,7 @@ def build(model: Model) -> Any:
             same = command_line(model, labels or [], **chosen)
             try:
                 for grid, step in form(model, labels or [], **chosen):
-                    yield grid, "Done." if step == steps else f"Step {step} of {steps}", same
+                    yield enlarge(grid), "Done." if step == steps else f"Step {step} of {steps}", same
             except DitcliError as error:
                 raise gr.Error(str(error), print_exception=False) from error
 

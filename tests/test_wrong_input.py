@@ -27,7 +27,8 @@ from ditcli.config import DiTConfig
 from ditcli.runs import RunDir
 from ditcli.training.checkpoints import write_weights
 
-# Words with which a command would succeed in no time; one that is not named here is walked by its options alone.
+# Words with which a command would succeed in no time; of one that is not named here the sentence may name what else
+# is missing.
 RIGHT = {
     "train": "--data pictures --pixels --image-size 8 --model DiT-S/4 --width 32 --depth 1 --num-heads 2 "
     "--batch-size 2 --steps 1 --sample-every 0 --device cpu --precision fp32 --out out",
@@ -69,8 +70,8 @@ def parameters(command: str) -> list[click.Parameter]:
 
 def named_inputs() -> Iterator[tuple[str, str, str]]:
     """(command, parameter, value)"""
-    for command in RIGHT:
-        for parameter in parameters(command):
+    for command in COMMANDS:
+        for parameter in parameters(command) if command != "doctor" else ():  # which reports, and refuses nothing
             for value in WRONG.get(parameter.name or "", ()):
                 yield command, parameter.name or "", value
 
@@ -189,9 +190,9 @@ def test_what_is_named_is_wrong(capfd, place, command, name, value) -> None:
     if (command, name, value) in FINE:
         pytest.skip("is no mistake there")
     code, told = refuse(capfd, place, [command, *with_value(command, name, value)])
-    assert Path(value).stem in told
+    assert Path(value).stem in told or command not in RIGHT
     if name in ("labels", "repo", "device"):
-        assert code == 2
+        assert code == 2 or command not in RIGHT
 
 
 # Not every wrong input is wrong everywhere.
