@@ -20,6 +20,7 @@ from ditcli.progress import say
 
 # Copies for the writer may take this part of the memory that nobody uses.
 SHARE_OF_FREE = 0.6
+AGAIN = "Make room and run the same command again"
 
 
 @contextmanager
@@ -131,7 +132,7 @@ class Writer:
         """Wait for all tasks, of all processes; raises SavingError where the last checkpoint could not be written."""
         self.wait()
         if self._failure:
-            raise self._failure
+            raise SavingError(f"{self._failure} {AGAIN}.") from self._failure
         self.processes.collect(None)
 
     def _end(self, task: Future[object]) -> None:
@@ -142,6 +143,5 @@ class Writer:
 
     def _tell(self, error: SavingError) -> None:
         if not self._go_on:
-            advice = "Make room and run the same command again, or train with --when-disk-full go-on."
-            raise SavingError(f"{error} {advice}") from error
+            raise SavingError(f"{error} {AGAIN}, or train with --when-disk-full go-on.") from error
         say(f"Warning: {error} Going on.")
