@@ -26,7 +26,7 @@ from ditcli.starts import Start
 
 MOST_PICTURES = 32
 FRAMES = 12  # of a picture on its way: each is decoded
-SHOWN = 480  # pixels of the longer side, at least half of them
+SHOWN = 160  # pixels of a picture's side, at least half of them
 MOST_BOXES = 40  # more classes than these are searched, not ticked
 
 
@@ -142,7 +142,7 @@ def form(
             if isinstance(seen, Exception):
                 raise seen
             is_last = seen.dtype == np.uint8
-            images = seen if is_last else model.decode(seen)
+            images = enlarge(seen if is_last else model.decode(seen))
             grid = [list(images[i : i + num]) for i in range(0, len(images), num)]
             yield make_grid(grid, [names[row] for row in rows if names]), step
             if is_last:
@@ -167,10 +167,10 @@ def command_line(
     return shlex.join(words)
 
 
-def enlarge(grid: np.ndarray) -> np.ndarray:
-    """A small grid (H, W, 3) by a whole factor, without smoothing, so that it fills the page."""
-    factor = max(1, SHOWN // max(grid.shape[:2]))
-    return grid.repeat(factor, axis=0).repeat(factor, axis=1)
+def enlarge(images: np.ndarray) -> np.ndarray:
+    """Small images (N, H, W, 3) by a whole factor, without smoothing, so that they can be seen."""
+    factor = max(1, SHOWN // max(images.shape[1:3]))
+    return images.repeat(factor, axis=1).repeat(factor, axis=2)
 
 
 def build(model: Model) -> Any:
@@ -209,7 +209,7 @@ def build(model: Model) -> Any:
             same = command_line(model, labels or [], **chosen)
             try:
                 for grid, step in form(model, labels or [], **chosen):
-                    yield enlarge(grid), "Done." if step == steps else f"Step {step} of {steps}", same
+                    yield grid, "Done." if step == steps else f"Step {step} of {steps}", same
             except DitcliError as error:
                 raise gr.Error(str(error), print_exception=False) from error
 

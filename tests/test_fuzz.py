@@ -43,7 +43,7 @@ from ditcli.training.setup import check_same_settings
 
 EXAMPLES = int(os.environ.get("DITCLI_FUZZ_EXAMPLES", "15"))
 CHOSEN = "DITCLI_FUZZ_EXAMPLES" in os.environ
-MINUTES = 60  # times as many
+MINUTES = 30  # times as many
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),

@@ -19,7 +19,7 @@ from PIL import Image
 from ditcli.config import UiConfig
 from ditcli.errors import SettingError
 from ditcli.images import make_grid
-from ditcli.page import FRAMES, Model, command_line, form, open_for_page
+from ditcli.page import FRAMES, Model, command_line, enlarge, form, open_for_page
 
 CHOSEN = {"num": 2, "cfg": 3.0, "steps": 20, "sampler": "ddim", "seed": 5}
 
@@ -38,8 +38,8 @@ def test_the_page_draws_what_its_command_line_draws(capfd, model, tmp_path) -> N
     assert line == "ditcli sample --model run --labels 'dög' cat --num 2 --cfg 3 --steps 20 --sampler ddim --seed 5"
     done = ditcli(capfd, *shlex.split(line)[1:])
     assert done.code == 0, done.err
-    images = [np.asarray(Image.open(path)) for path in done.out.splitlines()]
-    expected = make_grid([images[:2], images[2:]], ["dög", "cat"])
+    images = enlarge(np.stack([np.asarray(Image.open(path)) for path in done.out.splitlines()]))
+    expected = make_grid([list(images[:2]), list(images[2:])], ["dög", "cat"])
     assert np.abs(last.astype(int) - expected.astype(int)).max() <= 1  # a rounding: the batch is another
     steps = [step for _, step in forming]
     assert 3 <= len(steps) <= FRAMES
