@@ -133,7 +133,21 @@ def make_grid(rows: Sequence[Sequence[np.ndarray]], row_names: Sequence[str] = (
     return np.array(picture)
 
 
-def write_gif(path: str | Path, frames: Sequence[np.ndarray], milliseconds: int) -> None:
+def cut_grid(grid: np.ndarray, size: int, num_columns: int, padding: int = 2) -> list[list[np.ndarray]]:
+    """The (size, size, 3) images that `make_grid` put together, without the rows' names."""
+    factor = max(1, -(-MIN_CELL // size))
+    cell = size * factor + padding
+    margin = max(0, grid.shape[1] - padding - num_columns * cell)
+    rows, columns = (grid.shape[0] - padding) // cell, (grid.shape[1] - margin - padding) // cell
+    inner = grid[padding:, margin + padding :]
+    corners = [[(i * cell, j * cell) for j in range(columns)] for i in range(rows)]
+    return [
+        [inner[top : top + cell - padding, left : left + cell - padding][::factor, ::factor] for top, left in row]
+        for row in corners
+    ]
+
+
+def write_gif(path: str | Path, frames: Sequence[np.ndarray], milliseconds: int | Sequence[int]) -> None:
     """Write uint8 (H, W, 3) frames as an endless GIF, each shown for `milliseconds`. Appears whole or not at all."""
     if not frames:
         raise ValueError("a GIF needs at least one frame.")

@@ -5,14 +5,16 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
 Verbosity = Literal["quiet", "normal", "verbose"]
 SECONDS_BETWEEN_LINES: dict[Verbosity, float] = {"quiet": 10.0, "normal": 10.0, "verbose": 1.0}
+BARS = "▁▂▃▄▅▆▇█"
 
 _verbosity: Verbosity = "normal"
 _began = time.monotonic()
@@ -43,6 +45,17 @@ def duration(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes:02}:{seconds:02}"
+
+
+def sparkline(values: Sequence[float], width: int = 10) -> str:
+    """The course of the last values in small, `▇▅▃▂▁`; empty where stderr is no terminal that shows it."""
+    recent, stream = [value for value in values[-5 * width :] if math.isfinite(value)], sys.__stderr__
+    if len(recent) < 2 or stream is None or not stream.isatty() or "utf" not in stream.encoding.lower():
+        return ""
+    size = -(-len(recent) // width)
+    means = [sum(part) / len(part) for part in (recent[i : i + size] for i in range(0, len(recent), size))]
+    low, high = min(means), max(means)
+    return "".join(BARS[int((value - low) / ((high - low) or 1) * (len(BARS) - 1) + 0.5)] for value in means)
 
 
 @contextmanager

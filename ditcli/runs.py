@@ -15,7 +15,7 @@ from typing import Any, TextIO, TypeVar
 
 from safetensors import SafetensorError, safe_open
 
-from ditcli.config import ModelConfig, VaeConfig
+from ditcli.config import ModelConfig, VaeConfig, suggest
 from ditcli.errors import CheckpointError, ModelNotFoundError, RunInUseError
 from ditcli.progress import say
 
@@ -59,6 +59,15 @@ class RunDir:
         return self.path / "loss.png"
 
     @property
+    def report_file(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def animation_file(self) -> Path:
+        """The sample grids one after the other."""
+        return self.path / "progress.gif"
+
+    @property
     def samples(self) -> Path:
         return self.path / "samples"
 
@@ -75,6 +84,15 @@ class RunDir:
     def validation_file(self) -> Path:
         """Of a run of `train-vae`: how well held-out pictures are reconstructed."""
         return self.path / "validation.csv"
+
+    def sample_files(self) -> dict[int, Path]:
+        """The grids of samples by their steps, oldest first."""
+        names = [(re.fullmatch(r"step-(\d+)\.png", path.name), path) for path in _files(self.samples)]
+        return dict(sorted((int(name[1]), path) for name, path in names if name))
+
+    def last_change(self) -> float:
+        """When numbers were last written, or the run begun, in seconds since 1970."""
+        return max(file.stat().st_mtime for file in (self.config_file, self.metrics_file) if file.is_file())
 
     def checkpoint_file(self, step: int) -> Path:
         return self.checkpoints / f"step-{step:08}.safetensors"
@@ -140,6 +158,28 @@ def is_run(path: Path) -> bool:
 
 def is_vae_run(path: Path) -> bool:
     return is_run(path) and (path / "vae").is_dir()
+
+
+def find_runs(root: Path = RUNS) -> list[RunDir]:
+    """The runs in `root`, the one that was last at work first."""
+    paths = [path for path in root.iterdir() if is_run(path)] if root.is_dir() else []
+    return sorted((RunDir(path) for path in paths), key=lambda run: run.last_change(), reverse=True)
+
+
+def find_run(name: str | None = None, root: Path = RUNS) -> RunDir:
+    """A run by its path or by its name in `root`, without a name the newest; ModelNotFoundError where there is none."""
+    if name is None:
+        runs = find_runs(root)
+        if not runs:
+            raise ModelNotFoundError(f"there is no run in {root}/: begin one with `ditcli train --data FOLDER`.")
+        return runs[0]
+    for path in (Path(name).expanduser(), root / name):
+        if is_run(path):
+            return RunDir(path)
+    known = [run.path.name for run in find_runs(root)]
+    raise ModelNotFoundError(
+        f"{name} is no run: a run is a folder with config.json and checkpoints/.{suggest(name, known)}"
+    )
 
 
 def newest_run(root: Path = RUNS) -> RunDir:

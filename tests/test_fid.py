@@ -35,7 +35,7 @@ from ditcli.evaluation.statistics import Statistics
 from ditcli.images import fit_square
 from ditcli.processes import Processes
 from ditcli.runs import RunDir, read_model_config
-from ditcli.training.best import BestWeights, read_scores
+from ditcli.training.best import BestWeights, scores_of
 from ditcli.training.metrics import read_metrics, smooth
 from ditcli.training.train import train
 from ditcli.training.writer import Writer
@@ -365,7 +365,7 @@ def test_training_writes_scores_that_the_command_finds_too_and_keeps_the_best(fi
         scored = {"eval_every": 5, "eval_num": 16, "eval_steps": 4, "eval_cfg": 2.0, "eval_metric": metric}
         run = train_small(tmp_path / metric, data, eval_features=str(network), **scored)
         name = f"{'FD' if metric == 'fid' else 'KD'} (small) of 16 samples, cfg 2, 4 steps"
-        scores = read_scores(run.scores_file, name)
+        scores = scores_of(run.scores_file, name)
         assert [step for step, _ in scores] == [5, 10, 12]
         words = ("--num", 16, "--steps", 4, "--cfg", 2, "--device", "cpu", "--metrics", metric)
         found = fid(data, run.checkpoint_file(12), *words)

@@ -19,6 +19,7 @@ from ditcli.progress import say_more
 # Name: (module in ditcli.cli, one line of help). Listing them here keeps `ditcli --help` from importing any.
 COMMANDS = {
     "train": ("train", "Train a DiT on a folder of images."),
+    "find-lr": ("find_lr", "Find a learning rate for a training."),
     "sample": ("sample", "Draw images from a trained model."),
     "export-onnx": ("export_onnx", "Write a trained model as ONNX files, which sample without torch."),
     "fid": ("fid", "Score pictures against real ones: FID, KID and more."),
@@ -27,6 +28,8 @@ COMMANDS = {
     "decode": ("decode", "Decode latents into images."),
     "pull": ("pull", "Fetch a model or a VAE from the Hub into the cache."),
     "push": ("push", "Share a run on the Hub, with a model card."),
+    "runs": ("runs", "List the runs, or show one: step, loss, score, age."),
+    "report": ("report", "Write a run's page: samples, curves, scores, nearest training images."),
     "info": ("info", "Say what a model is: architecture, size, training, diffusion, codec."),
     "ui": ("ui", "Serve a page on this machine on which pictures are seen to form."),
     "doctor": ("doctor", "Check this machine: packages, GPUs, runtimes, disk, the Hub, speed."),

@@ -7,7 +7,7 @@ import os
 import platform
 import sys
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -29,7 +29,7 @@ SOURCES = {
     click.core.ParameterSource.COMMANDLINE: "command line",
     click.core.ParameterSource.ENVIRONMENT: "environment",
 }
-TYPES = {"int": click.INT, "float": click.FLOAT, "str": click.STRING, "int | str": click.STRING}
+TYPES = {"int": click.INT, "float": click.FLOAT} | dict.fromkeys(("str", "int | str", "float | str"), click.STRING)
 
 
 class Words(click.types.StringParamType):
@@ -114,12 +114,12 @@ def _remember(ctx: click.Context, option: click.Parameter, given: bool) -> None:
         raise click.UsageError("--quiet and --verbose exclude each other: give one of them.", ctx)
 
 
-def config_options(config_class: type[Config]) -> Callable[[Function], Function]:
+def config_options(config_class: type[Config], *, without: Sequence[str] = ()) -> Callable[[Function], Function]:
     """Decorate a command with an option for each field of a config; an option that is not given is None."""
 
     def decorate(function: Function) -> Function:
         for field in reversed(dataclasses.fields(config_class)):  # type: ignore[arg-type]
-            if "help" in field.metadata:  # others are arguments
+            if "help" in field.metadata and field.name not in without:  # others are arguments
                 function = _option(field)(function)
         return function
 

@@ -8,6 +8,7 @@ field, its value and what is allowed.
 from ditcli.config.base import Config, Loss, Precision, WhenDiskFull, option, suggest
 from ditcli.config.doctor import DoctorConfig
 from ditcli.config.ema import EmaConfig
+from ditcli.config.find_lr import FindLrConfig
 from ditcli.config.model import (
     CONV_DIT,
     CONV_WIDTHS,
@@ -21,6 +22,7 @@ from ditcli.config.model import (
     Spacing,
     parse_model_name,
 )
+from ditcli.config.report import ReportConfig
 from ditcli.config.sample import Backend, ExportConfig, ExportDtype, SampleConfig, SamplerName, Walk
 from ditcli.config.score import METRICS, NETWORKS, FidConfig, FidResize
 from ditcli.config.share import PushConfig
@@ -52,11 +54,13 @@ __all__ = [
     "ExportDtype",
     "FidConfig",
     "FidResize",
+    "FindLrConfig",
     "Loss",
     "ModelConfig",
     "Precision",
     "Prediction",
     "PushConfig",
+    "ReportConfig",
     "SampleConfig",
     "SamplerName",
     "ScheduleName",

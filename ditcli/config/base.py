@@ -13,6 +13,7 @@ from typing import Any, Literal, Self, get_args
 from ditcli.errors import SettingError
 
 Loss = Literal["mse", "l1"]
+LOGGERS = ("tensorboard", "wandb", "trackio")
 Precision = Literal["auto", "bf16", "fp32"]
 WhenDiskFull = Literal["stop", "go-on"]
 
@@ -134,7 +135,9 @@ def check_training(config: Any) -> None:
     config._check_at_least(0, "seed", "warmup_steps", "weight_decay", "clip_grad", "keep_checkpoints", "sample_every")
     for name in ("ema_decay", "beta1", "beta2"):
         config._check(name, 0 <= getattr(config, name) < 1, "at least 0 and less than 1")
-    config._check("lr", config.lr > 0, "positive")
+    config._check("lr", config.lr == "auto" or config.lr > 0, "positive")
+    for name in config.log:
+        config._check("log", name in LOGGERS, f"of {', '.join(LOGGERS)}.{suggest(name, LOGGERS)}".rstrip("."))
     if isinstance(config.micro_batch, int):
         config._check_at_least(1, "micro_batch")
         divides = config.batch_size % config.micro_batch == 0

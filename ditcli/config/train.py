@@ -79,7 +79,7 @@ class TrainConfig(Config):
     optimizer: Literal["adamw", "muon"] = option(
         "adamw", "muon trains the blocks' matrices by Muon and the rest by AdamW.", choices=("adamw", "muon")
     )
-    lr: float = option(1e-4, "Learning rate, of the size that AdamW needs.")
+    lr: float | str = option(1e-4, "Learning rate, of the size that AdamW needs; auto is what `ditcli find-lr` finds.")
     lr_schedule: Literal["constant", "cosine"] = option(
         "constant", "Learning rate after warm-up.", choices=("constant", "cosine")
     )
@@ -105,6 +105,7 @@ class TrainConfig(Config):
     num_workers: int | None = option(None, "Threads that read images.  [default: number of cores]")
 
     log_every: int = option(50, "Steps between lines of metrics.csv.")
+    log: tuple[str, ...] = option((), "Send numbers and samples to tensorboard, wandb or trackio too, or to several.")
     checkpoint_every: int = option(1000, "Steps between checkpoints.")
     keep_checkpoints: int = option(3, "Checkpoints to keep; 0 keeps all.")
     when_disk_full: WhenDiskFull = option(
@@ -130,7 +131,7 @@ class TrainConfig(Config):
     # May differ when a run goes on: they change what is learnt by rounding at most.
     RESUMABLE: ClassVar[tuple[str, ...]] = (
         *("out", "steps", "micro_batch", "compile", "checkpoint_activations", "device", "shard", "num_workers"),
-        *("log_every", "checkpoint_every", "keep_checkpoints", "when_disk_full"),
+        *("log", "log_every", "checkpoint_every", "keep_checkpoints", "when_disk_full"),
         *("sample_every", "sample_num", "sample_cfg", "sample_steps", "eval_every", "eval_num", "eval_metric"),
         *("eval_features", "eval_weights", "eval_cfg", "eval_steps"),
     )
@@ -154,6 +155,7 @@ class TrainConfig(Config):
                 object.__setattr__(self, "micro_batch", int(self.micro_batch))
             else:
                 self._check("micro_batch", self.micro_batch == "auto", "auto or a number of images")
+        self._read_lr()
         check_training(self)
         self._check_at_least(1, "depth", "width", "num_heads", "patch_size", "sample_steps")
         self._check_at_least(2, "num_timesteps")
@@ -194,6 +196,14 @@ class TrainConfig(Config):
             doubled = ", doubled by each of conv-widths" if self.is_conv else ""
             self._check("image_size", self.image_size % stride == 0, f"a multiple of {stride}, the patch size{doubled}")
         self.diffusion()
+
+    def _read_lr(self) -> None:
+        """A number that came as text, as from the command line."""
+        if isinstance(self.lr, str) and self.lr != "auto":
+            try:
+                object.__setattr__(self, "lr", float(self.lr))
+            except ValueError:
+                self._check("lr", False, "a positive number, or auto")
 
     @property
     def is_conv(self) -> bool:

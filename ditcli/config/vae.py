@@ -67,6 +67,7 @@ class TrainVaeConfig(Config):
     num_workers: int | None = option(None, "Threads that read images.  [default: number of cores]")
 
     log_every: int = option(50, "Steps between lines of metrics.csv.")
+    log: tuple[str, ...] = option((), "Send numbers and samples to tensorboard, wandb or trackio too, or to several.")
     checkpoint_every: int = option(1000, "Steps between checkpoints.")
     keep_checkpoints: int = option(3, "Checkpoints to keep; 0 keeps all.")
     when_disk_full: WhenDiskFull = option(
@@ -80,7 +81,7 @@ class TrainVaeConfig(Config):
     COMMAND: ClassVar[str] = "train-vae"
     RESUMABLE: ClassVar[tuple[str, ...]] = (
         *("out", "steps", "device", "num_workers", "log_every", "checkpoint_every", "keep_checkpoints"),
-        *("sample_every", "sample_num", "lpips", "when_disk_full"),
+        *("log", "sample_every", "sample_num", "lpips", "when_disk_full"),
     )
 
     def __post_init__(self) -> None:

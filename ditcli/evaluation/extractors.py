@@ -59,12 +59,10 @@ def fetch_weights() -> Path:
 
     DitcliError where no server gives them.
     """
-    ours = cache_folder() / "weights" / inception.PUBLIC_NAME
-    # Where pytorch-fid and torch-fidelity keep them, each under the name of its server.
-    theirs = [Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2] for url in inception.PUBLIC_URLS]
-    for path in (ours, *theirs):
-        if path.is_file() and file_sha256(path) == inception.PUBLIC_SHA256:
-            return path
+    here = weights_at_hand()
+    if here:
+        return here
+    ours = _our_weights()
     ours.parent.mkdir(parents=True, exist_ok=True)
     reasons = []
     for url in inception.PUBLIC_URLS:
@@ -82,6 +80,18 @@ def fetch_weights() -> Path:
         f"the Inception weights cannot be fetched ({'; '.join(reasons)}). Bring {inception.PUBLIC_NAME} from another "
         "machine and give it with --weights, or score in other features with --features FILE.onnx."
     )
+
+
+def weights_at_hand() -> Path | None:
+    """The public Inception weights where they are on this machine, whole; nothing is fetched."""
+    # Where pytorch-fid and torch-fidelity keep them, each under the name of its server.
+    theirs = [Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2] for url in inception.PUBLIC_URLS]
+    whole = (path for path in (_our_weights(), *theirs) if path.is_file())
+    return next((path for path in whole if file_sha256(path) == inception.PUBLIC_SHA256), None)
+
+
+def _our_weights() -> Path:
+    return cache_folder() / "weights" / inception.PUBLIC_NAME
 
 
 def _download(url: str, path: Path) -> None:

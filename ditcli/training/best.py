@@ -12,7 +12,7 @@ from ditcli.files import replacing
 from ditcli.progress import say
 from ditcli.runs import RunDir, read_model_config
 from ditcli.training.checkpoints import link_or_copy
-from ditcli.training.metrics import Row, smooth
+from ditcli.training.metrics import Row, read_scores, smooth
 from ditcli.training.writer import Writer
 
 
@@ -31,7 +31,7 @@ class BestWeights:
     def rewind(self, step: int) -> None:
         """Forget what came after a step."""
         run, name = self.run, self.name
-        scores = [row for row in read_scores(run.scores_file, name) if row[0] <= step] if name else []
+        scores = [row for row in scores_of(run.scores_file, name) if row[0] <= step] if name else []
         self.scores, self.step = self.processes.agree((scores, self._former_step(step)))
         self._write_scores()
 
@@ -80,21 +80,10 @@ class BestWeights:
         return former if former <= step else None
 
 
-def read_scores(path: Path, name: str) -> list[tuple[int, float]]:
-    """(step, score) of `scores.csv` if it measured the same; a line that was left half-written ends the list."""
-    if not path.is_file():
-        return []
-    scores: list[tuple[int, float]] = []
-    with path.open(newline="") as file:
-        header, *rows = list(csv.reader(file)) or [[]]
-        if header != ["step", name]:
-            return []
-        for row in rows:
-            try:
-                scores.append((int(row[0]), float(row[1])))
-            except (ValueError, IndexError):
-                break
-    return scores
+def scores_of(path: Path, name: str) -> list[tuple[int, float]]:
+    """(step, score) of `scores.csv` if it measured the same."""
+    found, scores = read_scores(path)
+    return scores if found == name else []
 
 
 def write_scores(path: Path, name: str, scores: Sequence[tuple[int, float]]) -> None:

@@ -17,10 +17,11 @@ from torch.distributed.tensor import DTensor
 from ditcli.config import TrainConfig, TrainVaeConfig
 from ditcli.errors import DitcliError, Interrupted
 from ditcli.memory import used_memory
-from ditcli.progress import progress, say
+from ditcli.progress import progress, say, sparkline
 from ditcli.runs import RunDir
-from ditcli.training.metrics import Row, append_metrics, plot_loss, rewind_metrics, smooth
+from ditcli.training.metrics import Row, append_metrics, rewind_metrics, smooth
 from ditcli.training.trouble import ADVICE, MOST_SKIPS_IN_A_ROW, Skips, mean_of_finite, spike
+from ditcli.training.watching import Watcher
 from ditcli.training.writer import Writer
 
 AnyRow = TypeVar("AnyRow", bound=Row)
@@ -39,6 +40,7 @@ def run_loop(
     run: RunDir,
     state: State,
     writer: Writer,
+    watcher: Watcher,
     *,
     take_step: Callable[[], tuple[Tensor, Tensor]],
     save: Callable[[], object],
@@ -54,9 +56,9 @@ def run_loop(
     `peak_rate` are the images/s at which the device would do nothing but the model's operations, where that is known.
     `go_back` makes the state that of a checkpoint, with another order of the data to come, when gradients stay not
     finite. `judge` sees the rows of metrics after every step and says whether it took time that is none of training's.
-    What they give the writer is written when this returns, and what goes wrong there is raised here. The writer's
-    processes call everything in the same steps. Raises Interrupted after saving on Ctrl-C or SIGTERM to any of them,
-    and DitcliError when gradients stay not finite.
+    What they give the writer is written when this returns, and what goes wrong there is raised here. The watcher is
+    told of all that a user may want to see. The writer's processes call everything in the same steps. Raises
+    Interrupted after saving on Ctrl-C or SIGTERM to any of them, and DitcliError when gradients stay not finite.
     """
     processes = writer.processes
 
@@ -114,6 +116,7 @@ def run_loop(
                     while unwritten:
                         append_metrics(run.metrics_file, unwritten[0])
                         unwritten.pop(0)
+                watcher.measured(row)
                 state.losses.clear()
                 skips.since_row = 0
                 if jump := spike(rows):
@@ -121,7 +124,9 @@ def run_loop(
             if not rows:
                 note = f"loss {loss.item():.4f}"
             else:
-                note = f"loss {rows[-1].loss:.4f}  lr {rows[-1].lr:.2g}  {rows[-1].images_per_second:.1f} images/s"
+                row = rows[-1]
+                trend = sparkline([row.smoothed or row.loss for row in rows[-50:]]) or f" lr {row.lr:.2g} "
+                note = f"loss {row.loss:.4f} {trend} {row.images_per_second:.1f} images/s"
             if rows and peak_rate:
                 note += f"  {rows[-1].images_per_second / peak_rate:.0%} MFU"
             advance(1, note)
@@ -135,9 +140,7 @@ def run_loop(
             if (saving and not skips.in_a_row) or last or stopping:
                 save()  # but not what may have to be gone back from
                 saving = False
-                if processes.first:
-                    with writer.telling("loss.png", run.path):
-                        plot_loss(rows, run.loss_file)
+                watcher.saved()
             try:  # pictures and scores may take minutes, and change nothing that is learnt
                 if processes.num == 1:
                     stop.leave_at_once()
@@ -146,6 +149,7 @@ def run_loop(
                 if config.sample_every and (state.step % config.sample_every == 0 or last):
                     with writer.telling("a picture", run.samples):
                         draw()
+                    watcher.drawn(state.step)
                     interval_began, interval_step = time.monotonic(), state.step
                 if judge(rows):
                     interval_began, interval_step = time.monotonic(), state.step
@@ -173,7 +177,7 @@ def _former_step(run: RunDir, writer: Writer, skips: Skips, step: int, gone_back
 
 def learning_rate(config: TrainConfig | TrainVaeConfig, step: int) -> float:
     """The rate of the step after `step` others: a linear warm-up, then constant or half a cosine to 0."""
-    rate = config.lr * min(1.0, (step + 1) / max(config.warmup_steps, 1))
+    rate = float(config.lr) * min(1.0, (step + 1) / max(config.warmup_steps, 1))
     if config.lr_schedule == "cosine" and step >= config.warmup_steps:
         done = (step - config.warmup_steps) / max(config.steps - config.warmup_steps, 1)
         rate *= 0.5 * (1 + math.cos(math.pi * done))

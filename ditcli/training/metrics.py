@@ -127,6 +127,21 @@ def append_metrics(path: Path, row: Measured) -> None:
         raise
 
 
+def read_scores(path: Path) -> tuple[str, list[tuple[int, float]]]:
+    """What `scores.csv` measures, and (step, score); a line that was left half-written ends the list."""
+    if not path.is_file():
+        return "", []
+    scores: list[tuple[int, float]] = []
+    with path.open(newline="") as file:
+        header, *rows = list(csv.reader(file)) or [[]]
+    for row in rows:
+        try:
+            scores.append((int(row[0]), float(row[1])))
+        except (ValueError, IndexError):
+            break
+    return (header[1] if len(header) == 2 else ""), scores
+
+
 def smooth(values: Sequence[float], weight: float = 0.7) -> list[float]:
     """Running mean that forgets by `weight` a row, unbiased at its start as in Adam; values not finite are left out."""
     smoothed, mean, num = [], 0.0, 0
@@ -135,26 +150,3 @@ def smooth(values: Sequence[float], weight: float = 0.7) -> list[float]:
             mean, num = weight * mean + (1 - weight) * value, num + 1
         smoothed.append(mean / (1 - weight**num) if num else math.nan)
     return smoothed
-
-
-def plot_loss(rows: Sequence[Row], path: Path) -> None:
-    """Loss against steps, as measured and smoothed."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    steps, losses = [row.step for row in rows], [row.loss for row in rows]
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.plot(steps, losses, color="#9ecae1", linewidth=1, label="mean of an interval")
-    axes.plot(steps, smooth(losses), color="#08519c", linewidth=2, label="smoothed")
-    if min(losses, default=0) > 0:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("{x:g}")
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss")
-    axes.grid(alpha=0.3, which="both")
-    axes.legend(frameon=False)
-    with replacing(path, lasting=False) as partial:
-        figure.savefig(partial, format="png")

@@ -177,7 +177,7 @@ def _place_of_steps(parameter: Tensor) -> torch.device:
 
 def make_optimizer(network: nn.Module, config: TrainConfig | TrainVaeConfig) -> torch.optim.Optimizer:
     """The optimiser over what is not frozen."""
-    lr, betas, decay = config.lr, (config.beta1, config.beta2), config.weight_decay
+    lr, betas, decay = float(config.lr), (config.beta1, config.beta2), config.weight_decay
     if isinstance(config, TrainConfig) and config.optimizer == "muon":
         return MuonAndAdamW(network, lr=lr, betas=betas, weight_decay=decay)
     return torch.optim.AdamW(unfrozen(network), lr=lr, betas=betas, weight_decay=decay, fused=True)

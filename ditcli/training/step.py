@@ -62,7 +62,7 @@ class Steps:
         A step whose gradient is not finite changes no weight; the average takes in the same weights once more.
         """
         config, state = self.setup.config, self.state
-        measured = self._backward(self.batches[state.step])
+        measured = self.backward(self.batches[state.step])
         norm = apply_gradients(state.optimizer, learning_rate(config, state.step), config.clip_grad)
         update_average(state.average, state.model, ema_decay(config.ema_decay, state.step, warmup=config.ema_warmup))
         state.losses.append(measured)
@@ -71,7 +71,7 @@ class Steps:
             state.powers.update(state.step)
         return measured[0], norm
 
-    def _backward(self, batch: Batch) -> Tensor:
+    def backward(self, batch: Batch) -> Tensor:
         """Gradients, and what is measured of the loss, (17,).
 
         Out of memory it begins anew with smaller parts, and where compiling fails, without. Several processes cannot,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ditcli.codecs.codec import numpy_decoder
-from ditcli.config import TrainConfig
+from ditcli.config import FindLrConfig, TrainConfig
 from ditcli.data.latents import load_latents, measure, warn_of_scale
 from ditcli.denoisers.torch_denoiser import as_denoiser
 from ditcli.devices import bf16_peak
@@ -26,7 +26,9 @@ from ditcli.sampling import draw
 from ditcli.training.batches import Batches
 from ditcli.training.best import BestWeights
 from ditcli.training.checkpoints import save_checkpoint
+from ditcli.training.find_lr import try_rates
 from ditcli.training.finetune import unfrozen
+from ditcli.training.loggers import check_loggers
 from ditcli.training.loop import run_loop
 from ditcli.training.metrics import DiffusionRow, write_metrics
 from ditcli.training.power_ema import forget_snapshots, snapshot_file, write_snapshot
@@ -34,6 +36,7 @@ from ditcli.training.setup import Setup, check_same_settings, prepare, start_or_
 from ditcli.training.sharding import whole
 from ditcli.training.state import TrainState, restore
 from ditcli.training.step import Steps
+from ditcli.training.watching import Watcher, watch
 from ditcli.training.writer import Writer
 
 if TYPE_CHECKING:
@@ -58,6 +61,10 @@ def train(config: TrainConfig) -> RunDir:
 
 def _train(setup: Setup, writer: Writer) -> None:
     config, run, processes = setup.config, setup.run, setup.processes
+    check_loggers(config.log)
+    if config.lr == "auto":
+        setup = _with_lr(setup, processes.agree(_former_lr(run)))
+        config = setup.config
     if processes.first:
         check_same_settings(run, config, setup.dataset)
     done = processes.agree((run.saved_steps() or [0])[-1])
@@ -73,6 +80,11 @@ def _train(setup: Setup, writer: Writer) -> None:
         num_workers=config.num_workers or os.cpu_count() or 1,
         processes=processes,
     )
+    if config.lr == "auto":
+        ramp = FindLrConfig(out=str(run.path / "lr.png"))
+        setup = _with_lr(setup, try_rates(setup, latents, ramp).suggested)
+        config = setup.config
+        say(f"--lr auto: {config.lr:g}, by the curve in {ramp.out}")
     state = start_or_resume(setup)
     warn_of_scale(*measure(latents, setup.codec), setup.codec)
     diffusion = Diffusion(setup.model.diffusion)
@@ -100,19 +112,21 @@ def _train(setup: Setup, writer: Writer) -> None:
 
         score = open_training_score(config, setup.dataset, diffusion.schedule, setup.device, processes)
     best = BestWeights(run, state.step, writer, score.name if score else None)
-    run_loop(
-        config,
-        run,
-        state,
-        writer,
-        take_step=Steps(setup, state, batches, diffusion).take,
-        save=lambda: _save(setup, state, writer),
-        draw=lambda: _draw_grid(setup, state),
-        go_back=lambda checkpoint: _go_back(checkpoint, state, batches, best),
-        judge=lambda rows: _judge(setup, state, rows, best, score),
-        row_type=DiffusionRow,
-        peak_rate=_peak_rate(setup),
-    )
+    with closing(watch(setup, state.step)) as watcher:
+        run_loop(
+            config,
+            run,
+            state,
+            writer,
+            watcher,
+            take_step=Steps(setup, state, batches, diffusion).take,
+            save=lambda: _save(setup, state, writer),
+            draw=lambda: _draw_grid(setup, state),
+            go_back=lambda checkpoint: _go_back(checkpoint, state, batches, best),
+            judge=lambda rows: _judge(setup, state, rows, best, score, watcher),
+            row_type=DiffusionRow,
+            peak_rate=_peak_rate(setup),
+        )
 
 
 def _peak_rate(setup: Setup) -> float | None:
@@ -142,8 +156,22 @@ def _store_averages(setup: Setup, state: TrainState, writer: Writer) -> None:
         writer.submit(lambda: write_snapshot(setup.run, step, values))
 
 
+def _former_lr(run: RunDir) -> float | str:
+    """What --lr auto found when the run began; `auto` for a new one."""
+    return run.read_config().get("train", {}).get("lr", "auto") if run.saved_steps() else "auto"
+
+
+def _with_lr(setup: Setup, lr: float | str) -> Setup:
+    return replace(setup, config=replace(setup.config, lr=lr))
+
+
 def _judge(
-    setup: Setup, state: TrainState, rows: list[DiffusionRow], best: BestWeights, score: TrainingScore | None
+    setup: Setup,
+    state: TrainState,
+    rows: list[DiffusionRow],
+    best: BestWeights,
+    score: TrainingScore | None,
+    watcher: Watcher,
 ) -> bool:
     """Where it is time, score samples of the averaged weights, or look at the loss; whether they were scored."""
     config, last = setup.config, state.step == setup.config.steps
@@ -156,6 +184,7 @@ def _judge(
             rows[-1] = replace(rows[-1], score=value)
             if setup.processes.first:
                 write_metrics(setup.run.metrics_file, rows, DiffusionRow)
+        watcher.scored(state.step, score.name, value)
         return True
     if not score and (state.step % config.checkpoint_every == 0 or last):
         best.judge_loss(state.step, rows, save=lambda: _save(setup, state, best.writer))

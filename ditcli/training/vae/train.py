@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import os
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -30,12 +31,14 @@ from ditcli.runs import RunDir
 from ditcli.training.batches import other_order, pick_images
 from ditcli.training.checkpoints import save_checkpoint
 from ditcli.training.ema import ema_decay, update_average
+from ditcli.training.loggers import check_loggers
 from ditcli.training.loop import apply_gradients, learning_rate, run_loop
 from ditcli.training.metrics import Measured, Row, append_metrics, rewind_metrics
 from ditcli.training.setup import check_same_settings, default_folder, open_run
 from ditcli.training.vae.discriminator import smallest_image
 from ditcli.training.vae.objective import backward
 from ditcli.training.vae.state import VaeState, load_state, make_network, new_state, restore, start_codebook
+from ditcli.training.watching import Watcher
 from ditcli.training.writer import Writer, telling
 
 # Pixels on which the scale of the latents is measured: 64 pictures of 256x256, 1024 of 64x64.
@@ -74,6 +77,7 @@ def train_vae(config: TrainVaeConfig) -> RunDir:
             f"image-size is {config.image_size}, but a discriminator of {config.gan_layers} layers needs {least} at "
             "least: give fewer --gan-layers, or --gan-weight 0."
         )
+    check_loggers(config.log)
     run = RunDir(Path(config.out) if config.out else default_folder(config.data, "vae", config.image_size))
     with run.lock(), Writer(config.when_disk_full) as writer:
         _train(VaeTraining.open(config, run, writer))
@@ -94,17 +98,19 @@ def _train(training: VaeTraining) -> None:
     parameters = sum(p.numel() for p in state.model.parameters())
     precision = "bf16" if training.dtype == torch.bfloat16 else "fp32"
     say(f"Training {parameters / 1e6:.1f} M parameters on {training.device} in {precision}; run folder {run.path}")
-    run_loop(
-        config,
-        run,
-        state,
-        training.writer,
-        take_step=training.take_step,
-        save=training.save,
-        draw=training.validate,
-        go_back=training.go_back,
-        row_type=VaeRow,
-    )
+    with closing(Watcher(config, run, state.step)) as watcher:
+        run_loop(
+            config,
+            run,
+            state,
+            training.writer,
+            watcher,
+            take_step=training.take_step,
+            save=training.save,
+            draw=training.validate,
+            go_back=training.go_back,
+            row_type=VaeRow,
+        )
 
 
 @dataclass

@@ -1,0 +1,1 @@
+"""What a run tells its user: lists, curves, pictures and one page. Nothing here imports torch."""
