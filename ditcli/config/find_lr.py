@@ -20,6 +20,7 @@ class FindLrConfig(Config):
     # Of the settings of a training these change nothing in its first steps, or are what is searched.
     WITHOUT_EFFECT: ClassVar[tuple[str, ...]] = (
         *("out", "steps", "lr", "lr_schedule", "warmup_steps", "ema_decay", "ema_warmup", "log"),
+        *("ema_snapshot_every", "when_disk_full"),
         *("log_every", "checkpoint_every", "keep_checkpoints", "sample_every", "sample_num", "sample_cfg"),
         *("sample_steps", "eval_every", "eval_num", "eval_metric", "eval_features", "eval_weights", "eval_cfg"),
         "eval_steps",
