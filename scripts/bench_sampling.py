@@ -41,7 +41,7 @@ from ditcli.diffusion.guidance import guide
 from ditcli.diffusion.samplers import time_grid
 from ditcli.drawing import Decode, choose_sampler, generate
 from ditcli.models.dit import DiT
-from ditcli.runs import RunDir
+from ditcli.runs import DECODER, DENOISER, RunDir
 from ditcli.starts import Start
 from ditcli.training.checkpoints import save_checkpoint
 
@@ -194,10 +194,11 @@ def bench_backends(args: argparse.Namespace) -> None:
 
 
 def onnx_candidates(
-    folder: Path, network: DiT, model: ModelConfig, ours: Callable[[Denoiser], Callable[[], np.ndarray]]
+    folder: Path, network: DiT, model: ModelConfig, ours: Callable[[Denoiser, Decode], Callable[[], np.ndarray]]
 ) -> dict[str, Callable[[], np.ndarray]]:
-    """ONNX Runtime on exports of opset 20 and 23, where ditcli can export."""
+    """ONNX Runtime, its decoder too, on exports of opset 20 and 23, where ditcli can export."""
     try:
+        from ditcli.codecs.onnx_decoder import open_decoder
         from ditcli.config import ExportConfig
         from ditcli.denoisers.onnx_denoiser import open_denoiser as open_onnx
         from ditcli.export import export_onnx
@@ -210,7 +211,8 @@ def onnx_candidates(
     for opset in (20, 23):
         out = folder / str(opset)
         export_onnx(ExportConfig(model=str(checkpoint), out=str(out), opset=opset))
-        found[f"ONNX fp32, opset {opset}"] = ours(open_onnx(out / "denoiser.onnx", device="cpu")[0])
+        denoiser, decode = open_onnx(out / DENOISER, device="cpu")[0], open_decoder(out / DECODER, device="cpu")
+        found[f"ONNX fp32, opset {opset}"] = ours(denoiser, decode)
     return found
 
 
