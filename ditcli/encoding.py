@@ -243,7 +243,10 @@ def decode(latents: str, config: DecodeConfig) -> list[Path]:
         rows = _read_array(source)
         rows = rows[None] if rows.ndim == 3 else rows
         if rows.ndim != 4:
-            raise DataError(f"{latents} has the shape {rows.shape}, but must be (N, C, h, w) or (C, h, w).")
+            raise DataError(
+                f"{latents} has the shape {rows.shape}, but must be (N, C, h, w) or (C, h, w): of what `ditcli encode` "
+                "wrote give the whole folder."
+            )
         names = [f"{source.stem}.npy" if len(rows) == 1 else f"{source.stem}-{i:05}.npy" for i in range(len(rows))]
         digest, read = hashlib.sha256(rows.tobytes()).hexdigest(), rows.__getitem__
         channels = rows.shape[1]

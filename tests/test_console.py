@@ -8,10 +8,12 @@ import pty
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import click
 import pytest
+import torch
 from console import ditcli
 from exports import make_run
 
@@ -125,11 +127,23 @@ def test_debug_shows_the_traceback_and_without_it_no_user_sees_one() -> None:
     assert "Traceback" in debug.stderr
 
 
+TOO_LARGE = "Error: there is not enough memory: a smaller --batch-size needs less."
+
+
+def failure(function: Callable[[], object]) -> Exception:
+    with pytest.raises(RuntimeError) as raised:
+        function()
+    return raised.value
+
+
 @pytest.mark.parametrize(
     ("error", "code", "sentence"),
     [
         (KeyError("x"), 1, "Error: KeyError: 'x'. This is a fault of ditcli; DITCLI_DEBUG=1 shows where."),
-        (MemoryError(), 1, "Error: there is not enough memory: a smaller --batch-size needs less."),
+        (MemoryError(), 1, TOO_LARGE),
+        (failure(lambda: torch.empty(2**60)), 1, TOO_LARGE),
+        (RuntimeError("BFCArena ... Failed to allocate memory for requested buffer of size 451584000"), 1, TOO_LARGE),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), 1, TOO_LARGE),
         (KeyboardInterrupt(), 130, "Error: interrupted."),
         (PermissionError(13, "Permission denied", "a/b"), 1, "Error: a/b: Permission denied."),
     ],

@@ -69,6 +69,11 @@ EPILOG = {
 SECONDS_TO_BE_ENDED = 2.0
 
 
+TOO_LARGE = "there is not enough memory: a smaller --batch-size needs less."
+# In small letters, what torch and JAX on a GPU, torch on a CPU, and ONNX Runtime say of an allocation that failed.
+OUT_OF_MEMORY = ("out of memory", "defaultcpuallocator", "failed to allocate memory")
+
+
 class Commands(click.Group):
     """A group that knows its commands by name and line, and imports one when it is called."""
 
@@ -130,11 +135,13 @@ def run() -> None:
     except OSError as error:
         sys.exit(_fail(f"{error.filename or 'the system'}: {error.strerror or error}.", 1))
     except MemoryError:
-        sys.exit(_fail("there is not enough memory: a smaller --batch-size needs less.", 1))
+        sys.exit(_fail(TOO_LARGE, 1))
     except Exception as error:
         if processes.started():
             time.sleep(SECONDS_TO_BE_ENDED)
         told = " ".join(str(error).split()) or "without a word"
+        if any(words in told.lower() for words in OUT_OF_MEMORY):
+            sys.exit(_fail(TOO_LARGE, 1))
         sys.exit(_fail(f"{type(error).__name__}: {told}. This is a fault of ditcli; DITCLI_DEBUG=1 shows where.", 1))
 
 
