@@ -5,26 +5,31 @@
 
 Weights are drawn at random in the architecture of Stable Diffusion's VAE: speed does not depend on them. The decoder's
 last layer is scaled so that its pictures span the range of 0..255; PSNR compares uint8 pictures at a peak of 255, and
-moments at a peak of the reference's range. Both sides are timed in turns; medians are printed.
+moments at a peak of the reference's range. Both sides are timed in turns, each in a process of its own, since ditcli
+changes how its process keeps memory; medians are printed.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import multiprocessing
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ditcli.codecs.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
-from ditcli.codecs.codec import normalise, quantise
+from ditcli.codecs.codec import Codec, normalise, quantise
 from ditcli.codecs.folder import open_codec, save_codec
-from ditcli.devices import choose_dtype
+from ditcli.devices import choose_dtype, open_device
 
 STABLE_DIFFUSION = AutoencoderKLConfig(block_out_channels=(128, 256, 512, 512), layers_per_block=2)
 
@@ -56,12 +61,36 @@ def psnr(values: Tensor, reference: Tensor, peak: float) -> float:
     return (10 * torch.log10(peak**2 / error)).item()
 
 
-def seconds(function: Callable[[], Tensor], device: torch.device) -> tuple[float, Tensor]:
-    began = time.perf_counter()
-    result = function()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began, result
+class Theirs:
+    """diffusers' AutoencoderKL in its default use."""
+
+    def __init__(self, folder: Path, device: torch.device):
+        from diffusers import AutoencoderKL as Reference
+
+        self.network = Reference.from_pretrained(folder).to(device).eval()
+
+    def encode(self, images: Tensor) -> Tensor:
+        return self.network.encode(normalise(images)).latent_dist.parameters
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return quantise(self.network.decode(latents / self.network.config.scaling_factor).sample)
+
+
+def open_ours(folder: Path, device: torch.device) -> Codec:
+    device = open_device(str(device))
+    return open_codec(folder, device=device, dtype=choose_dtype("auto", device))
+
+
+def serve(open_side: Callable[[Path, torch.device], Any], folder: Path, device: torch.device, end: Connection) -> None:
+    """In a process of its own: (task, input) in, (seconds, result) out, until the other end is closed."""
+    with torch.no_grad(), contextlib.suppress(EOFError):
+        side = open_side(folder, device)
+        while True:
+            task, array = end.recv()
+            given = torch.from_numpy(array).to(device)
+            began = time.perf_counter()
+            result = getattr(side, task)(given).cpu()
+            end.send((time.perf_counter() - began, result.float().numpy()))
 
 
 def main() -> None:
@@ -71,40 +100,31 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
-    from diffusers import AutoencoderKL as Reference
-
-    device = torch.device(arguments.device)
-    with tempfile.TemporaryDirectory() as name:
-        write_weights(Path(name))
-        reference = Reference.from_pretrained(name).to(device).eval()
-        dtype = choose_dtype("auto", device)
-        codec = open_codec(Path(name), device=device, dtype=dtype)
-    images = make_images(arguments.num, arguments.size).to(device)
-    pixels = normalise(images)
-
-    with torch.no_grad():
-        side = arguments.size // 8
-        latents = torch.randn(arguments.num, 4, side, side, generator=torch.Generator().manual_seed(2)).to(device)
-        latents *= codec.config.scaling_factor  # as wide, unscaled, as those that the last layer was scaled for
-        tasks: dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]] = {
-            "encode": (lambda: reference.encode(pixels).latent_dist.parameters, lambda: codec.encode(images)),
-            "decode": (
-                lambda: quantise(reference.decode(latents / codec.config.scaling_factor).sample),
-                lambda: codec.decode(latents),
-            ),
-        }
-        threads = torch.get_num_threads()
-        print(
-            f"{device}, {threads} threads, {arguments.num} images of {arguments.size}x{arguments.size}, ours in {dtype}"
-        )
-        for task, sides in tasks.items():
-            times: tuple[list[float], list[float]] = ([], [])
-            results = [run() for run in sides]  # warm-up
-            for _ in range(arguments.repeats):
-                for i, run in enumerate(sides):
-                    spent, results[i] = seconds(run, device)
-                    times[i].append(spent)
-            theirs, ours = (arguments.num / statistics.median(spent) for spent in times)
+    device, num = torch.device(arguments.device), arguments.num
+    images = make_images(num, arguments.size)
+    latents = torch.randn(num, 4, arguments.size // 8, arguments.size // 8, generator=torch.Generator().manual_seed(2))
+    # As wide, unscaled, as those that the last layer was scaled for.
+    inputs = {"encode": images.numpy(), "decode": (latents * STABLE_DIFFUSION.scaling_factor).numpy()}
+    print(f"{device}, {torch.get_num_threads()} threads, {num} images of {arguments.size}x{arguments.size}")
+    with tempfile.TemporaryDirectory() as folder:
+        write_weights(Path(folder))
+        processes, ends = multiprocessing.get_context("spawn"), []
+        for open_side in (Theirs, open_ours):
+            near, far = processes.Pipe()
+            processes.Process(target=serve, args=(open_side, Path(folder), device, far), daemon=True).start()
+            far.close()
+            ends.append(near)
+        for task, array in inputs.items():
+            spent: tuple[list[float], list[float]] = ([], [])
+            results: list[Tensor] = [torch.empty(0)] * 2
+            for turn in range(1 + arguments.repeats):
+                for i, end in enumerate(ends):
+                    end.send((task, array))
+                    took, result = end.recv()
+                    results[i] = torch.from_numpy(result)
+                    if turn:  # the first one warms up
+                        spent[i].append(took)
+            theirs, ours = (num / statistics.median(times) for times in spent)
             expected, found = results
             peak = 255.0 if task == "decode" else (expected.max() - expected.min()).item()
             print(
