@@ -77,6 +77,7 @@ def test_without_gradio_it_says_how_to_get_it(capfd, tmp_path, monkeypatch) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # a browser on a busy machine
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 def test_a_browser_clicks_through_the_page(tmp_path) -> None:
     """At desktop and phone width, with nothing asked of any other machine. Screenshots: DITCLI_SCREENSHOTS=FOLDER."""
