@@ -6,6 +6,7 @@ Shapes: N images, T patches, D width, C channels, H x W input, p patch.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping
 
 import jax
@@ -27,9 +28,11 @@ def apply(weights: Weights, config: DiTConfig, x: Array, t: Array, labels: Array
         skips.append(jax.nn.silu(_convolve(weights, f"down.{i}", skips[-1], stride=2, padding=1)))
     x = _convolve(weights, f"down.{last}", skips[-1], stride=2, padding=1)
     x = _dit(weights, config, x, t, labels)
+    c = jax.nn.silu(operator.add(*_embed(weights, config, t, labels)))  # (N, D)
     for i, skip in enumerate(reversed(skips)):
         joined = jnp.concatenate([_double(weights, f"up.{i}", x), skip], axis=1)
-        x = jax.nn.silu(_convolve(weights, f"merge.{i}", joined, stride=1, padding=1))
+        shift, scale = jnp.split(_linear(weights, f"merge_modulation.{i}", c)[:, :, None, None], 2, axis=1)
+        x = jax.nn.silu(_convolve(weights, f"merge.{i}", joined, stride=1, padding=1) * (1 + scale) + shift)
     return _convolve(weights, "output", x, stride=1, padding=1)  # (N, C, H, W)
 
 
@@ -38,8 +41,7 @@ def _dit(weights: Weights, config: DiTConfig, x: Array, t: Array, labels: Array)
     height, width = x.shape[2] // p, x.shape[3] // p
     x = _convolve(weights, "x_embedder.proj", x, stride=p, padding=0)  # (N, D, H/p, W/p)
     x = x.reshape(*x.shape[:2], -1).swapaxes(1, 2) + _positions(height, width, config.width)  # (N, T, D)
-    time = _embed_time(weights, t, config.frequency_divisor)  # (N, D)
-    label = weights["y_embedder.embedding_table.weight"][labels]  # (N, D)
+    time, label = _embed(weights, config, t, labels)  # (N, D) each
     c = jax.nn.silu(time + label)  # (N, D)
     tokens = jnp.stack([time, label], axis=1)  # (N, 2, D)
     if conditioning == "in-context":
@@ -97,11 +99,13 @@ def _mlp(weights: Weights, name: str, x: Array) -> Array:
     return _linear(weights, f"{name}.fc2", jax.nn.gelu(_linear(weights, f"{name}.fc1", x), approximate=True))
 
 
-def _embed_time(weights: Weights, t: Array, divisor: int) -> Array:
-    frequencies = jnp.exp(-math.log(10000) * jnp.arange(128, dtype=jnp.float32) / divisor)
+def _embed(weights: Weights, config: DiTConfig, t: Array, labels: Array) -> tuple[Array, Array]:
+    """Of the time and of the label, (N, D) each."""
+    frequencies = jnp.exp(-math.log(10000) * jnp.arange(128, dtype=jnp.float32) / config.frequency_divisor)
     angles = t[:, None] * frequencies
     hidden = _linear(weights, "t_embedder.mlp.0", jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1))
-    return _linear(weights, "t_embedder.mlp.2", jax.nn.silu(hidden))
+    time = _linear(weights, "t_embedder.mlp.2", jax.nn.silu(hidden))
+    return time, weights["y_embedder.embedding_table.weight"][labels]
 
 
 def _positions(height: int, width: int, dim: int) -> Array:
