@@ -12,6 +12,8 @@ import os
 import signal
 import sys
 import tempfile
+import time
+import uuid
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
@@ -21,6 +23,7 @@ from ditcli.errors import DitcliError, Interrupted, SettingError
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.distributed import Store
 
 Value = TypeVar("Value")
 # The first may draw or score for long while the others wait; where one dies, the launcher ends the others at once.
@@ -118,9 +121,31 @@ def join(device: str) -> Processes:
     if device != "cpu" and torch.cuda.is_available():
         torch.cuda.set_device(local_rank())
         backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, timeout=PATIENCE)
+    store, rank, num = next(dist.rendezvous("env://", timeout=PATIENCE))
+    store = dist.PrefixStore(_agree_on_word(store, rank, num), store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=num, timeout=PATIENCE)
     atexit.register(dist.destroy_process_group)
     return Processes(dist.get_rank(), dist.get_world_size())
+
+
+def _agree_on_word(store: Store, rank: int, num: int) -> str:
+    """A word that the processes of this start have in common, and no others had before.
+
+    The launcher's store outlives processes that it starts anew (torch 2.13), with the addresses at which the former
+    ones were found: the word tells these from the new ones.
+    """
+    word = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"asks-{rank}", word)
+        answer = store.get(f"answer-{word}").decode()  # waits for it
+        store.add(f"met-{answer}", 1)
+        return answer
+    while store.add(f"met-{word}", 0) < num - 1:
+        for other in range(1, num):
+            if store.check([f"asks-{other}"]):  # the one before may have asked too
+                store.set(f"answer-{store.get(f'asks-{other}').decode()}", word)
+        time.sleep(0.05)
+    return word
 
 
 def start(num: int, device: str) -> int:

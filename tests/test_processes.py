@@ -199,8 +199,7 @@ def test_a_signal_to_the_command_and_an_error_are_told_once_with_their_exit_code
     process = start(tmp_path, *train_words(tmp_path, tmp_path / "nowhere", devices=2))
     _, told = process.communicate()
     assert process.returncode == 1
-    assert told.count("nowhere") == 1
-    assert told.startswith("Error: ")
+    assert told.startswith("Error: there is no folder")
     assert len(told.splitlines()) == 1
 
 

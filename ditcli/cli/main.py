@@ -66,7 +66,7 @@ EPILOG = {
 }
 # Where one of several processes fails, the others fail for want of it, or in the same way: in this time the launcher
 # ends them before they say so too.
-SECONDS_TO_BE_ENDED = 2.0
+SECONDS_TO_BE_ENDED = 10.0
 
 
 TOO_LARGE = "there is not enough memory: a smaller --batch-size needs less."
