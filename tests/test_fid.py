@@ -36,7 +36,7 @@ from ditcli.images import fit_square
 from ditcli.processes import Processes
 from ditcli.runs import RunDir, read_model_config
 from ditcli.training.best import BestWeights, scores_of
-from ditcli.training.metrics import read_metrics, smooth
+from ditcli.training.metrics import DiffusionRow, read_metrics, smooth
 from ditcli.training.train import train
 from ditcli.training.writer import Writer
 
@@ -367,6 +367,9 @@ def test_training_writes_scores_that_the_command_finds_too_and_keeps_the_best(fi
         name = f"{'FD' if metric == 'fid' else 'KD'} (small) of 16 samples, cfg 2, 4 steps"
         scores = scores_of(run.scores_file, name)
         assert [step for step, _ in scores] == [5, 10, 12]
+        rows = read_metrics(run.metrics_file, DiffusionRow)
+        last = dict(zip((4, 10, 12), (score for _, score in scores), strict=True))  # rows are of 2, 4, 6, ...
+        assert [row.score for row in rows] == [pytest.approx(last[r.step]) if r.step in last else None for r in rows]
         words = ("--num", 16, "--steps", 4, "--cfg", 2, "--device", "cpu", "--metrics", metric)
         found = fid(data, run.checkpoint_file(12), *words)
         assert values(found)[metric] == pytest.approx(scores[-1][1], rel=1e-4)

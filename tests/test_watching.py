@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 import os
+import sys
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ditcli.config import TrainConfig
+from ditcli.cli import main
+from ditcli.config import FindLrConfig, TrainConfig
+from ditcli.errors import DitcliError, SettingError
+from ditcli.progress import sparkline
 from ditcli.runs import RunDir, state_file
+from ditcli.training.find_lr import RangeTest, find_lr
 from ditcli.training.metrics import DiffusionRow, read_metrics
 from ditcli.training.objective import by_noise_level
 from ditcli.training.train import train
@@ -123,3 +130,74 @@ def test_a_run_of_an_older_version_goes_on_to_the_same_weights(tmp_path):
     ]
     assert found[2].loss == pytest.approx(np.mean(expected), rel=1e-5)
     assert not math.isnan(found[2].loss)
+
+
+# Rates
+
+
+def test_the_suggested_rate_is_a_tenth_of_the_best_whatever_the_noise():
+    rates = np.geomspace(1e-6, 1e-1, 100).tolist()
+    valley = [1 - 0.6 * math.exp(-((math.log10(rate) + 2) ** 2)) for rate in rates]  # lowest at 1e-2
+    assert RangeTest(rates, valley).suggested == pytest.approx(1e-3, rel=0.1)
+    noisy = np.array(valley) + np.random.default_rng(0).normal(0, 0.03, 100)
+    assert RangeTest(rates, noisy.tolist()).suggested == pytest.approx(1e-3, rel=0.5)
+    flat = RangeTest([1e-3, 1e-2, 1e-1], [2.0, 2.0, 2.0])
+    assert flat.smoothed == pytest.approx([2.0] * 3)
+
+
+def test_lr_auto_is_a_run_with_the_rate_that_is_found_and_goes_on_with_it(tmp_path, monkeypatch, capsys):
+    automatic = run_tiny(tmp_path / "auto", steps=4, lr="auto", log_every=4)
+    assert automatic.path.joinpath("lr.png").read_bytes().startswith(b"\x89PNG")
+    lr = automatic.read_config()["train"]["lr"]
+    assert 1e-5 < lr < 1e-1
+    capsys.readouterr()
+    run_tiny(tmp_path / "auto", lr="auto", log_every=4)
+    assert "testing rates" not in capsys.readouterr().err  # what was found before
+    given = run_tiny(tmp_path / "given", lr=lr, log_every=4)
+    weights = [load_file(run.newest_checkpoint()) for run in (automatic, given)]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+    monkeypatch.chdir(tmp_path)
+    decisive = {key: value for key, value in TINY.items() if key not in ("pixels", *FindLrConfig.WITHOUT_EFFECT)}
+    words = [f"--{key.replace('_', '-')}={value}" for key, value in decisive.items()]
+    monkeypatch.setattr(sys, "argv", ["ditcli", "find-lr", "--pixels", *words])
+    with pytest.raises(SystemExit) as stop:
+        main.run()
+    told = capsys.readouterr()
+    assert not stop.value.code, told.err
+    assert float(told.out) == lr
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["lr.png"]
+
+
+def test_a_loss_that_never_falls_has_no_rate(tmp_path):
+    with pytest.raises(DitcliError, match=r"the loss fell at no rate from 10 to 100: give a lower --min-lr"):
+        find_lr(
+            TrainConfig.from_dict(TINY), FindLrConfig(min_lr=10, max_lr=100, num_rates=20, out=str(tmp_path / "lr.png"))
+        )
+    assert not (tmp_path / "lr.png").exists()
+
+
+@pytest.mark.parametrize("value", ["fast", "0", "-1e-3"])
+def test_a_rate_that_is_none_is_refused(value):
+    with pytest.raises(SettingError, match=r"lr is .*, but must be (a positive number, or auto|positive)"):
+        TrainConfig(lr=value)
+
+
+def test_what_find_lr_leaves_out_are_settings_of_a_training():
+    assert set(FindLrConfig.WITHOUT_EFFECT) <= {field.name for field in fields(TrainConfig)}
+
+
+def test_a_sparkline_is_for_terminals_that_show_it(monkeypatch):
+    class Terminal(io.TextIOWrapper):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "__stderr__", Terminal(io.BytesIO(), encoding="utf-8"))
+    assert sparkline([4.0, 3.0, 2.0, 1.0]) == "█▆▃▁"
+    assert sparkline([1.0]) == ""
+    assert sparkline([2.0, 2.0]) == "▁▁"
+    assert len(sparkline([*range(1000), math.nan])) == 10
+    monkeypatch.setattr(sys, "__stderr__", Terminal(io.BytesIO(), encoding="ascii"))
+    assert sparkline([2.0, 1.0]) == ""
+    monkeypatch.setattr(sys, "__stderr__", io.TextIOWrapper(io.BytesIO(), encoding="utf-8"))
+    assert sparkline([2.0, 1.0]) == ""
