@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -144,6 +145,36 @@ print((many - few) / 16 / bytes_per_image(config))
         pytest.skip("needs Linux's /proc")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert 0.2 < float(done.stdout) < 1
+
+
+@pytest.mark.parametrize(
+    ("compiler", "told"),
+    [
+        pytest.param("no-compiler", "torch.compile does not work here", id="without a compiler"),
+        pytest.param("g++", "", id="with one", marks=[pytest.mark.slow]),
+    ],
+)
+def test_compiled_blocks_draw_the_same_pictures_and_none_are_needed(run, tmp_path, compiler, told):
+    if told == "" and not shutil.which(compiler):
+        pytest.skip("needs a C++ compiler")
+    command = [sys.executable, "-m", "ditcli", "sample", "--model", str(run.path), "--labels", "bag", "--num", "3"]
+    command += [
+        "--steps",
+        "3",
+        "--compile",
+        "--device",
+        "cpu",
+        "--batch-size",
+        "2",
+        "--out",
+        str(tmp_path / "compiled"),
+    ]
+    environment = os.environ | {"CXX": compiler, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    process = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200, check=True)
+    assert ("does not work" in process.stderr) == bool(told) and told in process.stderr
+    expected = draw(run, tmp_path / "eager", num=3)
+    found = [np.asarray(Image.open(path)).astype(int) for path in sorted((tmp_path / "compiled").glob("*.png"))]
+    assert np.abs(np.stack(found) - pixels(expected)).max() <= 1
 
 
 @pytest.mark.parametrize("interval", [(0.0, 1.0), (0.29, 0.71)])

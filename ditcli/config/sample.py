@@ -64,6 +64,7 @@ class SampleConfig(Config):
     vae: str | None = option(None, "Decode with this VAE instead of the one the model was trained with.")
     device: str = option("auto", "auto, cpu, cuda or cuda:N.")
     precision: Precision = option("fp32", "auto is bf16 where the hardware has it.", choices=Precision)
+    compile: bool = option(False, "Compile the network's blocks first: worth a minute where many images are drawn.")
     backend: Backend = option(
         "auto", "auto is onnx for an exported model and the embedded one; jax needs ditcli[jax].", choices=Backend
     )

@@ -87,13 +87,15 @@ def _open_torch(checkpoint: Path, config: SampleConfig) -> Opened:
 
     from ditcli.codecs.codec import numpy_decoder
     from ditcli.codecs.named import open_named_codec
-    from ditcli.denoisers.torch_denoiser import open_denoiser
+    from ditcli.denoisers.torch_denoiser import compile_blocks, open_denoiser
     from ditcli.devices import choose_dtype, open_device
 
     device = open_device(config.device)
     dtype = choose_dtype(config.precision, device)
     adapter = hub.find_checkpoint(config.adapter) if config.adapter and config.model else None
     denoiser, model = open_denoiser(checkpoint, ema=config.ema, adapter=adapter, device=device, dtype=dtype)
+    if config.compile:
+        compile_blocks(denoiser)
     codec = open_named_codec(config.vae or model.codec, device=device, dtype=dtype)
     _check_codec(codec, denoiser, model)
     return denoiser, numpy_decoder(codec), model
@@ -108,6 +110,8 @@ def _open_jax(checkpoint: Path, config: SampleConfig) -> Opened:
         raise SettingError(
             "backend is 'jax', but JAX is not installed: `pip install 'ditcli[jax]'`, or leave --backend out."
         ) from error
+    if config.compile:
+        raise SettingError("compile is for the torch backend: jax compiles by itself.")
     if config.precision == "bf16":
         raise SettingError("precision is 'bf16', but the jax backend computes in fp32: leave it out.")
     import torch
@@ -140,6 +144,8 @@ def _open_onnx(path: Path, config: SampleConfig) -> Opened:
         )
     if config.vae is not None:
         raise SettingError(f"vae is {config.vae!r}, but an ONNX export has its own decoder: export it with that --vae.")
+    if config.compile:
+        raise SettingError("compile is for the torch backend: ONNX Runtime optimises an export as it loads it.")
     if config.precision == "bf16":
         raise SettingError("precision is 'bf16', but an ONNX export has its own: export it with --dtype fp16.")
     denoiser, model, ema = open_denoiser(path, device=config.device)

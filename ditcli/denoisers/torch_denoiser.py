@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ditcli.config import ModelConfig
 from ditcli.diffusion.process import Diffusion
 from ditcli.models.weights import load_dit
+from ditcli.progress import say
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,22 @@ def open_denoiser(
     if dtype == torch.bfloat16:
         cast_products(model)
     return as_denoiser(model.to(device), config, dtype=dtype), config
+
+
+def compile_blocks(denoiser: TorchDenoiser) -> None:
+    """torch.compile for the blocks, which are alike; where it does not work that is told, and they stay as they are."""
+    blocks = list(denoiser.module.get_submodule("blocks").children())
+    for block in blocks:
+        block.compile()
+    say("Compiling the blocks.")
+    states = np.zeros((2, *denoiser.input_shape), np.float32)
+    try:
+        denoiser(denoiser.from_numpy(states), 0.5, denoiser.from_numpy(np.zeros(2, np.int64)))
+    except Exception as error:  # a compiler that is missing, and all that may go wrong with one
+        for block in blocks:
+            block._compiled_call_impl = None
+        reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        say(f"torch.compile does not work here ({reason}): drawing without it.")
 
 
 def cast_products(module: nn.Module) -> None:
