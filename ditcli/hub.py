@@ -64,13 +64,11 @@ def find_checkpoint(name: str | None) -> Path:
     """The file or diffusers folder that a name leads to; None: the newest run's last checkpoint.
 
     A name is a run folder or a run's name in `runs/`, a file, a folder with a model (of `ditcli export-onnx` too, whose
-    `denoiser.onnx` it leads to), a Hub repository, or `demo`, the embedded model where no run has that name. Raises
-    ModelNotFoundError with what to do.
+    `denoiser.onnx` it leads to), a Hub repository, or `demo`, the embedded model unless a run, a file or an export
+    has that name. Raises ModelNotFoundError with what to do.
     """
     if name is None:
         return runs.newest_run().newest_checkpoint()
-    if name == EMBEDDED and not runs.is_run(runs.RUNS / name):
-        return EMBEDDED_MODEL
     for path in (Path(name).expanduser(), runs.RUNS / name):
         if path.is_file():
             return path
@@ -78,8 +76,10 @@ def find_checkpoint(name: str | None) -> Path:
             return runs.RunDir(path).newest_checkpoint()
         if (path / runs.DENOISER).is_file():
             return path / runs.DENOISER
-        if path.is_dir():
+        if path.is_dir() and name != EMBEDDED:  # it may be where somebody keeps samples
             return _entry(path, choose_model(_names_in(path), str(path)))
+    if name == EMBEDDED:
+        return EMBEDDED_MODEL
     return _fetch(name, choose_model, "a run, a checkpoint file, a folder with a model, or ")
 
 

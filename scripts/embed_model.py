@@ -19,13 +19,14 @@ from pathlib import Path
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from ditcli import hub
 from ditcli.config import ExportConfig, SampleConfig
 from ditcli.data.folders import open_dataset
 from ditcli.denoisers.opening import open_model
 from ditcli.export import compare, denoiser_part, export_onnx
+from ditcli.models.files import write_tensors
 from ditcli.models.weights import load_dit
 from ditcli.runs import DENOISER, FORMAT, RunDir, read_model_config
 from ditcli.sampling import draw
@@ -41,7 +42,7 @@ def embed(run: RunDir, folder: Path) -> None:
     with tempfile.TemporaryDirectory() as partial:
         weights = Path(partial) / hub.SHARED_MODEL
         halves = {name: value.half() for name, value in load_file(checkpoint).items()}
-        save_file(halves, weights, {"format": FORMAT, "config": json.dumps(config.to_dict())})
+        write_tensors(weights, halves, {"format": FORMAT, "config": json.dumps(config.to_dict())})
         export_onnx(ExportConfig(model=str(weights), out=f"{partial}/onnx"))
         graph = onnx.load(f"{partial}/onnx/{DENOISER}")
         share_weights(graph, weights)

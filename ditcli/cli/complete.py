@@ -31,7 +31,7 @@ def _labels(model: str | None, begun: str) -> list[str]:
     """
     from ditcli import hub, runs
 
-    if model and not Path(model).expanduser().exists() and not (runs.RUNS / model).exists():
+    if model and model != hub.EMBEDDED and not Path(model).expanduser().exists() and not (runs.RUNS / model).exists():
         return []
     try:
         checkpoint = hub.find_checkpoint(model)
@@ -43,10 +43,11 @@ def _labels(model: str | None, begun: str) -> list[str]:
 
 
 def _runs(begun: str) -> list[str]:
-    from ditcli import runs
+    from ditcli import hub, runs
 
     folders = sorted(runs.RUNS.iterdir()) if runs.RUNS.is_dir() else []
-    return [str(folder) for folder in folders if runs.is_run(folder) and str(folder).startswith(begun)]
+    names = [*(str(folder) for folder in folders if runs.is_run(folder)), hub.EMBEDDED]
+    return [name for name in names if name.startswith(begun)]
 
 
 class _Bash(BashComplete):

@@ -41,6 +41,7 @@ COMMANDS = {
 
 EPILOG = {
     "Examples": [
+        ("ditcli sample --model demo", "draw from the embedded model, at once"),
         ("ditcli demo", "a model of clothes and a picture from it, in three minutes"),
         ("ditcli train --data ./photos", "train on a folder; the same command resumes"),
         ("ditcli sample --labels cat dog --cfg 4", "draw from the newest run"),
@@ -136,6 +137,9 @@ def run() -> None:
         sys.exit(_fail(f"{error.filename or 'the system'}: {error.strerror or error}.", 1))
     except MemoryError:
         sys.exit(_fail(TOO_LARGE, 1))
+    except ModuleNotFoundError as error:
+        cure = f"install it with `pip install {error.name}`. Exported models and `demo` are drawn from without it"
+        sys.exit(_fail(f"this needs {error.name}, which is not installed: {cure}.", 1))
     except Exception as error:
         if processes.started():
             time.sleep(SECONDS_TO_BE_ENDED)
