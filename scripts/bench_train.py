@@ -7,8 +7,8 @@ Latents are 4 x 32 x 32, of 1000 classes. A step of ours is that of `ditcli trai
 backward, AdamW and EMA. Around DiTTransformer2DModel of the same size it is the loop that everybody writes: mean
 squared error, AdamW with its defaults, and an average updated weight by weight; neither learns a variance.
 
-`cpu` trains DiT-S/2 in batches of 16. Candidates take turns, so that what else the machine does hits all alike; numbers
-are medians, with the slowest and the fastest turn behind them.
+`cpu` trains DiT-S/2 in batches of 16. Candidates are processes that take turns, so that what else the machine does
+hits all alike; numbers are medians, with the slowest and the fastest turn behind them.
 
 `cuda` trains S/2, B/2, L/2 and XL/2, one candidate after the other, with peak memory and the part of the device's bf16
 peak that the model's operations make up (MFU). A candidate that does not fit says
@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
+import multiprocessing
 import statistics
 import sys
 import time
@@ -33,7 +34,7 @@ import torch.nn.functional as F
 
 from ditcli.config import ModelConfig, TrainConfig
 from ditcli.data.latents import Latents
-from ditcli.devices import bf16_peak, choose_dtype
+from ditcli.devices import bf16_peak, choose_dtype, open_device
 from ditcli.diffusion.process import Diffusion
 from ditcli.models.conv import make_network
 from ditcli.models.flops import training_flops
@@ -70,6 +71,7 @@ def some_latents() -> Latents:
 
 def ours(size: str, batch_size: int, device: torch.device, **options: Any) -> Step:
     """The step of `ditcli train` with these options."""
+    device = open_device(str(device))  # which settles, too, how memory is kept on a CPU
     config = TrainConfig(model=size, batch_size=batch_size, learn_sigma=False, device=str(device), **options)
     dit = config.dit(input_shape=SHAPE, num_classes=NUM_CLASSES)
     names = tuple(map(str, range(NUM_CLASSES)))
@@ -132,24 +134,26 @@ def plain(size: str, batch_size: int, device: torch.device, *, bf16: bool) -> St
 
 
 def bench_cpu(args: argparse.Namespace) -> None:
-    device = torch.device("cpu")
-    candidates: dict[str, Step] = {
-        "diffusers, fp32": plain(args.size, args.batch_size, device, bf16=False),
-        "diffusers, bf16 autocast": plain(args.size, args.batch_size, device, bf16=True),
-        "ditcli, fp32": ours(args.size, args.batch_size, device, precision="fp32"),
-        "ditcli, bf16": ours(args.size, args.batch_size, device, precision="bf16"),
-        "ditcli, bf16, compiled": ours(args.size, args.batch_size, device, precision="bf16", compile=True),
+    candidates: dict[str, tuple[Callable[..., Step], dict[str, Any]]] = {
+        "diffusers, fp32": (plain, {"bf16": False}),
+        "diffusers, bf16 autocast": (plain, {"bf16": True}),
+        "ditcli, fp32": (ours, {"precision": "fp32"}),
+        "ditcli, bf16": (ours, {"precision": "bf16"}),
+        "ditcli, bf16, compiled": (ours, {"precision": "bf16", "compile": True}),
     }
-    for name, step in candidates.items():
-        began = time.perf_counter()
-        step()
-        tell(f"{name}: first step after {time.perf_counter() - began:.1f} s")
+    processes = multiprocessing.get_context("spawn")
+    workers = {}
+    for name, (make, options) in candidates.items():
+        connection, other = processes.Pipe()
+        worker = processes.Process(target=serve, args=(other, make, args.size, args.batch_size, options), daemon=True)
+        worker.start()
+        tell(f"{name}: first step after {connection.recv():.1f} s")
+        workers[name] = connection
     rates: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(args.rounds):
-        for name, step in candidates.items():
-            began = time.perf_counter()
-            step()
-            rates[name].append(args.batch_size / (time.perf_counter() - began))
+        for name, connection in workers.items():
+            connection.send("step")
+            rates[name].append(args.batch_size / connection.recv())
     medians = {name: statistics.median(found) for name, found in rates.items()}
     print(f"{args.size}, 4 x 32 x 32 latents, batch {args.batch_size}, {torch.get_num_threads()} threads")
     print("\n| loop | images/s | slowest to fastest | to diffusers fp32 | to diffusers bf16 |\n|---|---|---|---|---|")
@@ -157,6 +161,16 @@ def bench_cpu(args: argparse.Namespace) -> None:
         to_fp32, to_bf16 = (rate / medians[f"diffusers, {kind}"] for kind in ("fp32", "bf16 autocast"))
         spread = f"{min(rates[name]):.2f} to {max(rates[name]):.2f}"
         print(f"| {name} | {rate:.2f} | {spread} | {to_fp32:.2f}x | {to_bf16:.2f}x |")
+
+
+def serve(connection: Any, make: Callable[..., Step], size: str, batch_size: int, options: dict[str, Any]) -> None:
+    """A candidate in a process of its own: seconds of the first step, then of one whenever it is asked."""
+    step = make(size, batch_size, torch.device("cpu"), **options)
+    while True:
+        began = time.perf_counter()
+        step()
+        connection.send(time.perf_counter() - began)
+        connection.recv()
 
 
 def bench_cuda(args: argparse.Namespace) -> None:
