@@ -38,6 +38,7 @@ from ditcli.devices import bf16_peak, choose_dtype, open_device
 from ditcli.diffusion.process import Diffusion
 from ditcli.models.conv import make_network
 from ditcli.models.flops import training_flops
+from ditcli.processes import ALONE
 from ditcli.runs import RunDir
 from ditcli.training.batches import Batches
 from ditcli.training.setup import Setup
@@ -85,6 +86,7 @@ def ours(size: str, batch_size: int, device: torch.device, **options: Any) -> St
         codec=codec,
         device=device,
         dtype=choose_dtype(config.precision, device),
+        processes=ALONE,
     )
     diffusion = Diffusion(model.diffusion)
     batches = Batches(some_latents(), codec, diffusion, config, num_classes=NUM_CLASSES, device=device)

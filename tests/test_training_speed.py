@@ -23,6 +23,7 @@ from ditcli.errors import SettingError
 from ditcli.memory import SHARE_OF_FREE, fitting_micro_batch, free_memory, kept_per_image
 from ditcli.models.dit import DiT
 from ditcli.models.flops import training_flops
+from ditcli.processes import ALONE
 from ditcli.runs import RunDir, state_file
 from ditcli.training.batches import Batches
 from ditcli.training.loop import apply_gradients
@@ -99,7 +100,7 @@ def test_a_step_waits_for_no_gpu(learn_sigma):
     model = ModelConfig(
         dit=dit, diffusion=config.diffusion(), codec="pixels", image_size=4, class_names=tuple("0123456789")
     )
-    setup = Setup(config, model, RunDir(Path("unused")), None, PixelCodec(), device, torch.bfloat16)
+    setup = Setup(config, model, RunDir(Path("unused")), None, PixelCodec(), device, torch.bfloat16, ALONE)
     moments = np.random.default_rng(0).integers(0, 256, (10, 1, 3, 4, 4), dtype=np.uint8)
     diffusion, latents = Diffusion(model.diffusion), Latents(moments, np.arange(10), ())
     batches = Batches(latents, setup.codec, diffusion, config, num_classes=10, device=device)
