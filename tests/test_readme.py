@@ -42,6 +42,9 @@ BUDGET = {
     "pull": "",
     "push": "--dry-run --out pushed",
     "info": "",
+    "ema": "",
+    "runs": "",
+    "report": "",
 }
 RUN_LINES = """
 import shlex, sys
@@ -69,7 +72,7 @@ def test_every_line_of_code_is_a_command_that_there_is():
         if program in ("bash", "python") and words[0] != "-m":
             assert (ROOT / words[0]).is_file(), line
         else:
-            assert program in ("ditcli", "pip", "torchrun"), line
+            assert program in ("ditcli", "pip", "torchrun", "eval"), line
     assert len(COMMANDS) > 20
 
 
@@ -154,11 +157,13 @@ def furnish(place: Path, hub: Hub) -> None:
 def within_budget(line: str) -> str | None:
     """The command with its budget; None for one that is parsed only."""
     name, *words = shlex.split(line)
-    if name not in BUDGET or "--devices" in words:
+    if name not in BUDGET or "--devices" in words or "jax" in words:
         return None
     more = BUDGET[name]
     if name == "train" and "--from" not in words:
         more += f" {NETWORK}"
+    if "--ema-snapshot-every" in words:
+        more += " --ema-snapshot-every 1"
     if name == "fid" and "--num" in words:
         more += " --num 12 --steps 1"
     if name in ("sample", "fid") and "--precision" in words:
