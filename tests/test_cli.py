@@ -151,7 +151,7 @@ def test_flag_before_environment_before_file_before_preset_before_default(ditcli
     assert seen["batch_size"] == 2  # flag
     assert seen["lr"] == 3e-4  # environment
     assert (seen["seed"], seen["model"]) == (1, "DiT-L/2")  # file
-    assert (seen["width"], seen["num_timesteps"]) == (288, 400)  # preset
+    assert (seen["width"], seen["steps"]) == (PRESETS["mnist"]["width"], PRESETS["mnist"]["steps"])  # preset
     assert seen["ema_decay"] == TrainConfig.ema_decay  # default
 
 
