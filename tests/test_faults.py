@@ -265,6 +265,28 @@ def test_what_goes_wrong_in_the_thread_reaches_the_run():
             writer.finish()
 
 
+def test_a_wait_that_a_signal_breaks_off_is_made_up_for():
+    def leave(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    def fail() -> None:
+        go_on.wait(60)
+        raise SavingError("no room.")
+
+    go_on, former = threading.Event(), signal.signal(signal.SIGALRM, leave)
+    try:
+        with Writer() as writer:
+            writer.submit(fail)
+            signal.setitimer(signal.ITIMER_REAL, 0.2)
+            with pytest.raises(KeyboardInterrupt):
+                writer.copy({"a": torch.zeros(3)})
+            go_on.set()
+            with pytest.raises(SavingError, match="no room"):
+                writer.copy({"a": torch.zeros(3)})
+    finally:
+        signal.signal(signal.SIGALRM, former)
+
+
 def test_going_on_is_told_and_ends_well_if_a_later_checkpoint_is_written(capsys):
     def fail() -> None:
         raise SavingError("no room.")

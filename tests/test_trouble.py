@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import TINY, run_tiny
+from tiny import TINY, assert_same_run, run_tiny
 from torch import Tensor
 
 from ditcli.codecs.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
@@ -28,9 +28,11 @@ from ditcli.runs import RunDir, state_file
 from ditcli.training.batches import Batches
 from ditcli.training.loop import run_loop
 from ditcli.training.metrics import Row, read_metrics, smooth
+from ditcli.training.power_ema import snapshot_file, snapshot_steps
 from ditcli.training.setup import prepare
 from ditcli.training.state import load_state, restore
 from ditcli.training.trouble import Skips, mean_of_finite, spike
+from ditcli.training.watching import Watcher
 from ditcli.training.writer import Writer
 
 
@@ -71,9 +73,10 @@ class Toy:
     def train(self, **changes) -> list[Row]:
         self.run.path.mkdir()
         config = TrainConfig.from_dict(TINY | {"steps": 40, "log_every": 4, "checkpoint_every": 8} | changes)
+        watcher = Watcher(config, self.run, self.step, active=False)
         with Writer() as writer:
             parts = {"take_step": self.take_step, "save": self.save, "go_back": self.go_back}
-            run_loop(config, self.run, self, writer, draw=lambda: None, **parts)
+            run_loop(config, self.run, self, writer, watcher, draw=lambda: None, **parts)
         return read_metrics(self.run.metrics_file)
 
 
@@ -166,7 +169,8 @@ def test_another_order_shows_every_picture_once_an_epoch_too():
     assert seen[0] != seen[1] != seen[2] != seen[0]
 
 
-def test_a_damaged_latent_costs_the_steps_that_see_it_and_nothing_more(tmp_path):
+def encoded_pictures(tmp_path: Path) -> tuple[np.ndarray, dict[str, object]]:
+    """The latents of eight pictures, open for writing, and the settings that train on them."""
     torch.manual_seed(0)
     save_codec(AutoencoderKL(AutoencoderKLConfig(block_out_channels=(8, 16), norm_num_groups=4)), tmp_path / "vae")
     (tmp_path / "pictures").mkdir()
@@ -174,12 +178,37 @@ def test_a_damaged_latent_costs_the_steps_that_see_it_and_nothing_more(tmp_path)
         Image.new("RGB", (32, 32), (30 * i, 100, 200)).save(tmp_path / "pictures" / f"{i}.png")
     folders = {"data": str(tmp_path / "pictures"), "vae": str(tmp_path / "vae"), "out": str(tmp_path / "latents")}
     encode(EncodeConfig.from_dict(folders | {"image_size": 32, "flip": False, "device": "cpu", "precision": "fp32"}))
-    moments = np.load(tmp_path / "latents" / "moments.npy", mmap_mode="r+")
+    settings = {"data": str(tmp_path / "latents"), "pixels": False, "flip": False, "model": "DiT-S/8", "image_size": 32}
+    settings |= {"batch_size": 2, "log_every": 4}
+    return np.load(tmp_path / "latents" / "moments.npy", mmap_mode="r+"), settings
+
+
+def test_a_damaged_latent_costs_the_steps_that_see_it_and_nothing_more(tmp_path):
+    moments, settings = encoded_pictures(tmp_path)
     moments[3] = np.nan
     moments.flush()
-    settings = {"data": str(tmp_path / "latents"), "pixels": False, "flip": False, "model": "DiT-S/8", "image_size": 32}
-    run = run_tiny(tmp_path / "run", **settings, batch_size=2, steps=16, log_every=4)
+    run = run_tiny(tmp_path / "run", **settings, steps=16)
     rows = read_metrics(run.metrics_file)
     assert [row.skipped for row in rows] == [1] * 4  # an epoch has four steps
     assert all(math.isfinite(row.loss) for row in rows)
     assert all(value.isfinite().all() for value in read_tensors(run.newest_checkpoint()).values())
+
+
+def test_a_run_that_gave_up_goes_on_as_if_nothing_had_been_once_the_cause_is_gone(tmp_path, capsys):
+    moments, settings = encoded_pictures(tmp_path)
+    settings |= {"checkpoint_every": 8, "ema_snapshot_every": 4}
+    whole = run_tiny(tmp_path / "whole", **settings, steps=24)
+    run, former = run_tiny(tmp_path / "run", **settings, steps=8), moments.copy()
+    moments[:] = np.nan
+    moments.flush()
+    with pytest.raises(DitcliError, match="as before from the checkpoint of step 8, up to step 19"):
+        run_tiny(run.path, **settings, steps=24)
+    assert capsys.readouterr().err.count("going back to step 8, and on with the data in another order") == 1
+    assert run.saved_steps() == [8]
+    moments[:] = former
+    moments.flush()
+    run_tiny(run.path, **settings, steps=24)
+    assert_same_run(whole, run)
+    for step in snapshot_steps(whole):
+        one, other = (read_tensors(snapshot_file(each, step)) for each in (whole, run))
+        assert all(torch.equal(one[name], other[name]) for name in one)

@@ -121,9 +121,10 @@ def run_loop(
                 skips.since_row = 0
                 if jump := spike(rows):
                     say(f"Note: the loss rose to {mean:.4g} at step {state.step:,}, {jump:.1f} times what it was.")
-            if not rows:
+            note = ""
+            if not rows and loss.device.type == "cpu":
                 note = f"loss {loss.item():.4f}"
-            else:
+            elif rows:
                 row = rows[-1]
                 trend = sparkline([row.smoothed or row.loss for row in rows[-50:]]) or f" lr {row.lr:.2g} "
                 note = f"loss {row.loss:.4f} {trend} {row.images_per_second:.1f} images/s"
@@ -188,9 +189,9 @@ def apply_gradients(optimizer: torch.optim.Optimizer, lr: float, clip: float) ->
     """Clip, step and clear; returns the gradient norm. A gradient that is not finite changes no weight."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     if clip:
         torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     for group in optimizer.param_groups:
         group["lr"] = lr
     # Where a gradient scaler would put its finding the fused optimiser looks on the device, so that nobody waits.

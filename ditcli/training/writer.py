@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
@@ -98,8 +98,8 @@ class Writer:
                 self._failure = error
                 raise
 
-        self.saved = step
         self.submit(write)
+        self.saved = step
 
     def submit(self, task: Callable[[], object]) -> None:
         """Do it after all that came before."""
@@ -126,6 +126,7 @@ class Writer:
     def wait(self) -> None:
         """Wait for all tasks."""
         while self._tasks:
+            wait(self._tasks[:1])  # a signal may break this off: what was not waited for is still in the list
             self._end(self._tasks.pop(0))
 
     def finish(self) -> None:
