@@ -76,7 +76,18 @@ def test_every_line_of_code_is_a_command_that_there_is():
     assert len(COMMANDS) > 20
 
 
-@pytest.mark.parametrize("line", COMMANDS)
+def test_every_script_has_the_options_that_are_given_to_it():
+    """They take minutes, and are run when their tables are made."""
+    for line in re.findall(r"python scripts/[^`\n]+", README.replace("\\\n", " ")):
+        _, script, *words = shlex.split(line)
+        source = (ROOT / script).read_text()
+        for word in words:
+            assert not word.startswith("--") or f'"{word}"' in source, f"{word} of {line}"
+
+
+@pytest.mark.parametrize(
+    "line", [*COMMANDS, *(line.partition("-- ditcli ")[2] for line in LINES if "torchrun" in line)]
+)
 def test_every_command_parses(line):
     name, *words = shlex.split(line)
     command = cli.get_command(CONTEXT, name)

@@ -246,6 +246,13 @@ def test_runs_lists_and_shows(tmp_path, trained, monkeypatch, capsys):
     code, _, err = ditcli("runs", "show", "yung", "--root", root)
     assert code == 1
     assert "Did you mean 'young'" in err
+    (root / "old" / "config.json").write_text("{")
+    code, out, err = ditcli("runs", "--root", root)
+    assert (code, [line.split()[0] for line in out.splitlines()]) == (0, ["run", "young"])
+    assert "config.json is damaged" in err
+    code, _, err = ditcli("runs", "show", "old", "--root", root)
+    assert code == 1
+    assert "config.json is damaged" in err
     code, out, err = ditcli("runs", "--root", tmp_path / "empty")
     assert (code, out) == (0, "")
     assert "ditcli train" in err

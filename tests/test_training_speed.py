@@ -251,3 +251,14 @@ def test_the_micro_batch_is_the_largest_divisor_that_fits():
 
 def test_micro_batch_auto_trains(tmp_path: Path):
     assert run_tiny(tmp_path, steps=2, micro_batch="auto").saved_steps() == [2]
+
+
+@pytest.mark.parametrize(("changes", "warned"), [({}, True), ({"micro_batch": 1}, False), ({"batch_size": 16}, False)])
+def test_a_batch_beyond_the_memory_is_told_before_the_system_kills_the_process(capsys, changes, warned):
+    config = TrainConfig.from_dict(TINY | {"batch_size": 10**6} | changes)
+    dit = config.dit(input_shape=(3, 28, 28), num_classes=2)
+    model = ModelConfig(dit=dit, diffusion=config.diffusion(), codec="pixels", image_size=28, class_names=("a", "b"))
+    cpu = torch.device("cpu")
+    setup = Setup(config, model, RunDir(Path("unused")), None, PixelCodec(), cpu, torch.float32, ALONE)
+    Steps(setup, new_state(config, model, cpu), None, Diffusion(model.diffusion))
+    assert ("1000000 images at a time" in capsys.readouterr().err) == warned

@@ -27,15 +27,16 @@ def command(show: str | None, run: str | None, root: Path, as_json: bool) -> Non
     `ditcli runs show RUN` tells all of one: RUN is its folder or its name in runs/; without it the newest is taken.
     """
     from ditcli.progress import say
-    from ditcli.reporting.summary import list_text, read_summary, show_text, to_json
+    from ditcli.reporting.summary import list_text, read_summaries, read_summary, show_text, to_json
     from ditcli.runs import find_run, find_runs
 
     if show:
         summary = read_summary(find_run(run, root))
         click.echo(to_json(summary) if as_json else show_text(summary))
         return
-    summaries = [read_summary(found) for found in find_runs(root)]
-    if not summaries:
+    runs = find_runs(root)
+    summaries = read_summaries(runs)
+    if not runs:
         say(f"There is no run in {root}/ yet: begin one with `ditcli train --data FOLDER`.")
     if summaries or as_json:
         click.echo(to_json(summaries) if as_json else list_text(summaries))

@@ -12,6 +12,7 @@ from ditcli.cli.options import Command, config_options, devices_option, load_con
 from ditcli.config import PRESETS, TrainConfig
 
 EXAMPLES = """
+ditcli train --data ./photos --preset small
 ditcli train --data ./celeba --vae madebyollin/taesd --image-size 128 --model DiT-S/2
 ditcli train --data ./photos --pixels --image-size 64 --model DiT-S/4 --steps 20000
 ditcli train --data ./mnist --preset mnist

@@ -252,6 +252,21 @@ def fitting_patch(image_size: int) -> int:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
+    # Half an hour on two CPU cores for 4,559 pictures: the faces of the README.
+    "small": {
+        "vae": "madebyollin/taesd",
+        "image_size": 128,
+        "model": "DiT-S/2",
+        "width": 256,
+        "depth": 10,
+        "num_heads": 4,
+        "schedule": "flow",
+        "batch_size": 64,
+        "steps": 3300,
+        "lr": 5e-4,
+        "warmup_steps": 100,
+        "lr_schedule": "cosine",
+    },
     "celeba": {
         "model": "DiT-B/2",
         "depth": 10,

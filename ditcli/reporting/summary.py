@@ -12,7 +12,7 @@ from typing import Any
 
 from ditcli.config import TrainConfig, TrainVaeConfig
 from ditcli.errors import CheckpointError
-from ditcli.progress import duration
+from ditcli.progress import duration, say
 from ditcli.runs import RunDir
 from ditcli.training.metrics import DiffusionRow, read_metrics, read_scores, smooth
 
@@ -96,6 +96,17 @@ def read_summary(run: RunDir) -> Summary:
     except OSError as error:
         raise CheckpointError(f"{run.config_file} cannot be read ({error.strerror or error}).") from error
     return Summary(run, about, read_metrics(run.metrics_file, DiffusionRow), *read_scores(run.scores_file))
+
+
+def read_summaries(runs: Sequence[RunDir]) -> list[Summary]:
+    """Of those runs that can be read; of the others it is said why not."""
+    summaries = []
+    for run in runs:
+        try:
+            summaries.append(read_summary(run))
+        except CheckpointError as error:
+            say(f"Note: {error}")
+    return summaries
 
 
 def facts(summary: Summary) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from ditcli.devices import is_out_of_memory
 from ditcli.diffusion.process import Diffusion
 from ditcli.errors import DitcliError
-from ditcli.memory import fitting_micro_batch
+from ditcli.memory import fitting_micro_batch, free_memory, kept_per_image
 from ditcli.progress import say
 from ditcli.training.batches import Batch, Batches
 from ditcli.training.ema import ema_decay, update_average
@@ -29,20 +30,23 @@ class Steps:
     def __init__(self, setup: Setup, state: TrainState, batches: Batches, diffusion: Diffusion):
         self.setup, self.state, self.batches, self.diffusion = setup, state, batches, diffusion
         config, self.size = setup.config, len(setup.processes.part(setup.config.batch_size))
+        reserved = 12 * sum(p.numel() for p in unfrozen(state.model))  # gradients and AdamW's two moments
+        kinds: dict[str, Any] = {
+            "bytes_per_number": setup.dtype.itemsize,
+            "checkpointed": config.checkpoint_activations,
+        }
         if config.micro_batch == "auto":
             fitting = fitting_micro_batch(
-                setup.model.dit,
-                self.size,
-                device=str(setup.device),
-                bytes_per_number=setup.dtype.itemsize,
-                checkpointed=config.checkpoint_activations,
-                reserved=12 * sum(p.numel() for p in unfrozen(state.model)),  # gradients and AdamW's two moments
+                setup.model.dit, self.size, device=str(setup.device), reserved=reserved, **kinds
             )
             self.micro_batch = min(setup.processes.collect(fitting))
             if self.micro_batch < self.size:
                 say(f"Micro-batches of {self.micro_batch} images fit into memory.")
         else:
             self.micro_batch = min(int(config.micro_batch or self.size), self.size)
+            if setup.device.type == "cpu":  # where the system may kill the process, and no error comes first
+                needed = self.micro_batch * kept_per_image(setup.model.dit, **kinds) + reserved
+                _warn_of_memory(self.micro_batch, setup.processes.num * needed, free_memory("cpu"))
         # Blocks are alike: what is compiled for one serves all, in a fraction of the time that the whole would take.
         self.compiled = list(state.model.get_submodule("blocks").children()) if self._compiles() else []
         for block in self.compiled:
@@ -138,6 +142,14 @@ class Steps:
         gc.collect()
         if self.setup.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _warn_of_memory(micro_batch: int, needed: int, free: int) -> None:
+    if needed > free:
+        say(
+            f"Note: {micro_batch} images at a time take {needed / 1e9:.0f} GB of memory, and {free / 1e9:.0f} GB are "
+            "free: where the system ends the run, give --micro-batch auto, or a smaller --model."
+        )
 
 
 def next_micro_batch(batch_size: int, micro_batch: int) -> int:
