@@ -160,6 +160,17 @@ def test_sharded_weights_train_as_whole_ones_from_a_checkpoint_and_to_one(alone,
     assert_same_curve(train_alone(tmp_path, pictures, **even), whole)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("conditioning", ["adaln-zero", "cross-attention"])  # the latter has weights in its norms
+def test_sharded_weights_train_in_bf16_as_whole_ones(pictures, tmp_path, conditioning):
+    settings = {"batch_size": 16, "steps": 3, "sample_every": 0, "precision": "bf16", "conditioning": conditioning}
+    settings["micro_batch"] = 4
+    whole = train_alone(tmp_path / "whole", pictures, **settings)
+    run, _ = train_together(tmp_path, pictures, shard=True, **settings)
+    losses = [[row.loss for row in read_metrics(each.metrics_file)] for each in (run, whole)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
 def until(condition, process: subprocess.Popen[str]) -> None:
     while not condition():
         assert process.poll() is None, process.communicate()[1]

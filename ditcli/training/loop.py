@@ -80,6 +80,7 @@ def run_loop(
             if skips.in_a_row > MOST_SKIPS_IN_A_ROW:
                 former, failed = _former_step(run, writer, skips, state.step, gone_back_to), state.step
                 go_back(run.checkpoint_file(former))
+                writer.saved = former  # a later one that could not be written is tried again
                 say(
                     f"The gradient was not finite {skips.in_a_row} times in a row up to step {failed:,}: going back to "
                     f"step {former:,}, and on with the data in another order."

@@ -32,13 +32,15 @@ def exchange_after(network: nn.Module, *, last: bool) -> AbstractContextManager[
 def shard(network: nn.Module, device: torch.device, processes: Processes, dtype: torch.dtype) -> None:
     """Move to `device` what is this process's of each weight (FSDP, arXiv 2304.11277); a block is whole when it works.
 
-    Blocks that compute in bf16 are gathered in it: autocast would keep a bf16 copy of all of them.
+    Blocks that compute in bf16 are gathered in it: autocast would keep a bf16 copy of all of them. Weights of norms,
+    where there are any, are for fp32.
     """
+    assert isinstance(network, DiT)
     mesh = init_device_mesh(device.type, (processes.num,))
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
-    if dtype == torch.bfloat16:
+    has_norms = any(isinstance(part, nn.LayerNorm) and part.elementwise_affine for part in network.blocks.modules())
+    if dtype == torch.bfloat16 and not has_norms:
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    assert isinstance(network, DiT)
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # which nothing here writes into
     for block in network.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)

@@ -140,7 +140,6 @@ def _peak_rate(setup: Setup) -> float | None:
 
 def _go_back(checkpoint: Path, state: TrainState, batches: Batches, best: BestWeights) -> None:
     restore(state, checkpoint)
-    best.writer.saved = state.step  # a later one that could not be written will be tried again
     if state.processes.first:
         forget_snapshots(best.run, state.step)
     state.order += 1
