@@ -66,16 +66,31 @@ def open_device(name: str) -> torch.device:
     return device
 
 
+# Parameters of mallopt(3), and glibc's own values of them.
+TRIM_THRESHOLD, MMAP_MAX = -1, -4
+DEFAULT_TRIM_THRESHOLD, DEFAULT_MMAP_MAX = 128 * 1024, 65536
+
+
 def _keep_freed_memory() -> None:
     """Have glibc keep what tensors leave, up to 2 GB, for the next ones; returned pages come back one fault at a time.
 
-    That takes 9 % of a DiT's training step and 14 % of decoding a picture. See mallopt(3) for the two settings.
+    That takes 9 % of a DiT's training step and 14 % of decoding a picture.
     """
     if platform.libc_ver()[0] == "glibc":
-        trim_threshold, mmap_max = -1, -4
         libc = ctypes.CDLL(None)
-        libc.mallopt(mmap_max, 0)
-        libc.mallopt(trim_threshold, 2**31 - 1)
+        libc.mallopt(MMAP_MAX, 0)
+        libc.mallopt(TRIM_THRESHOLD, 2**31 - 1)
+
+
+def give_back_memory(device: torch.device) -> None:
+    """Return what no tensor uses, where memory was short; on a CPU from now on, at the price above."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(MMAP_MAX, DEFAULT_MMAP_MAX)
+        libc.mallopt(TRIM_THRESHOLD, DEFAULT_TRIM_THRESHOLD)
+        libc.malloc_trim(0)
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ditcli.devices import is_out_of_memory
+from ditcli.devices import give_back_memory, is_out_of_memory
 from ditcli.diffusion.process import Diffusion
 from ditcli.errors import DitcliError
 from ditcli.memory import fitting_micro_batch, free_memory, kept_per_image
@@ -140,8 +140,7 @@ class Steps:
         """Free what a failed pass left."""
         self.state.optimizer.zero_grad(set_to_none=True)
         gc.collect()
-        if self.setup.device.type == "cuda":
-            torch.cuda.empty_cache()
+        give_back_memory(self.setup.device)
 
 
 def _warn_of_memory(micro_batch: int, needed: int, free: int) -> None:
