@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import TINY as SMALLEST
 
 from ditcli.cli import main
 from ditcli.config import FindLrConfig, TrainConfig
@@ -25,23 +26,7 @@ from ditcli.training.metrics import DiffusionRow, read_metrics
 from ditcli.training.objective import by_noise_level
 from ditcli.training.train import train
 
-TINY = {
-    "data": "fashion-mnist",
-    "pixels": True,
-    "image_size": 28,
-    "model": "DiT-S/4",
-    "width": 32,
-    "depth": 2,
-    "num_heads": 2,
-    "batch_size": 16,
-    "steps": 8,
-    "lr": 1e-3,
-    "log_every": 2,
-    "checkpoint_every": 4,
-    "sample_every": 0,
-    "precision": "fp32",
-    "device": "cpu",
-}
+TINY = SMALLEST | {"steps": 8, "log_every": 2}
 OLD_COLUMNS = ["step", "loss", "lr", "grad_norm", "images_per_second", "seconds"]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,14 +10,13 @@ import numpy as np
 import torch
 
 from ditcli.config import FindLrConfig, TrainConfig
-from ditcli.data.latents import Latents, load_latents
+from ditcli.data.latents import Latents
 from ditcli.diffusion.process import Diffusion
 from ditcli.errors import DitcliError
 from ditcli.files import replacing
 from ditcli.progress import progress, say
-from ditcli.training.batches import Batches
 from ditcli.training.loop import apply_gradients
-from ditcli.training.setup import Setup, prepare
+from ditcli.training.setup import Setup, cached_latents, make_batches, prepare
 from ditcli.training.state import new_state
 from ditcli.training.step import Steps
 
@@ -59,16 +57,7 @@ def find_lr(config: TrainConfig, ramp: FindLrConfig) -> RangeTest:
     Raises DitcliError where the loss never falls.
     """
     setup = prepare(config)
-    latents = load_latents(
-        setup.dataset,
-        setup.codec,
-        image_size=setup.config.image_size,
-        flip=setup.config.flip,
-        strict=setup.config.strict,
-        num_workers=setup.config.num_workers or os.cpu_count() or 1,
-        processes=setup.processes,
-    )
-    return try_rates(setup, latents, ramp)
+    return try_rates(setup, cached_latents(setup), ramp)
 
 
 def try_rates(setup: Setup, latents: Latents, ramp: FindLrConfig) -> RangeTest:
@@ -77,15 +66,7 @@ def try_rates(setup: Setup, latents: Latents, ramp: FindLrConfig) -> RangeTest:
     setup = replace(setup, config=config)
     state = new_state(config, setup.model, setup.device, setup.source, setup.processes, setup.dtype)
     diffusion = Diffusion(setup.model.diffusion)
-    batches = Batches(
-        latents,
-        setup.codec,
-        diffusion,
-        config,
-        num_classes=setup.model.dit.num_classes,
-        device=setup.device,
-        processes=setup.processes,
-    )
+    batches = make_batches(setup, latents, diffusion)
     steps = Steps(setup, state, batches, diffusion)
     rates, losses = list[float](), list[float]()
     running, lowest = 0.0, math.inf

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,8 +16,9 @@ from ditcli.codecs.codec import Codec
 from ditcli.codecs.named import open_named_codec
 from ditcli.config import ModelConfig, TrainConfig, TrainVaeConfig, VaeConfig
 from ditcli.data.folders import ImageDataset, open_dataset
-from ditcli.data.latents import EncodedDataset, open_latents
+from ditcli.data.latents import EncodedDataset, Latents, load_latents, open_latents
 from ditcli.devices import choose_dtype, open_device
+from ditcli.diffusion.process import Diffusion
 from ditcli.errors import CheckpointError, ResumeError, SettingError
 from ditcli.files import write_text
 from ditcli.hub import is_pinned, lasting_codec_name
@@ -25,6 +27,7 @@ from ditcli.models.conv import make_network
 from ditcli.processes import Processes, join
 from ditcli.progress import say
 from ditcli.runs import RUNS, RunDir
+from ditcli.training.batches import Batches
 from ditcli.training.checkpoints import remove_leftovers
 from ditcli.training.finetune import (
     Source,
@@ -117,6 +120,33 @@ def _fit_latents(config: TrainConfig, dataset: EncodedDataset) -> TrainConfig:
     if config.image_size in (None, TrainConfig.LEFT_TO_SOURCE["image_size"]):
         changes["image_size"] = dataset.image_size
     return replace(config, **changes)
+
+
+def cached_latents(setup: Setup) -> Latents:
+    """The pictures' latents, encoded once."""
+    config = setup.config
+    return load_latents(
+        setup.dataset,
+        setup.codec,
+        image_size=config.image_size,
+        flip=config.flip,
+        strict=config.strict,
+        num_workers=config.num_workers or os.cpu_count() or 1,
+        processes=setup.processes,
+    )
+
+
+def make_batches(setup: Setup, latents: Latents, diffusion: Diffusion) -> Batches:
+    """What the steps of a run are shown."""
+    return Batches(
+        latents,
+        setup.codec,
+        diffusion,
+        setup.config,
+        num_classes=setup.model.dit.num_classes,
+        device=setup.device,
+        processes=setup.processes,
+    )
 
 
 def describe(setup: Setup) -> dict[str, object]:

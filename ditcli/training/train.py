@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 
 from ditcli.codecs.codec import numpy_decoder
 from ditcli.config import FindLrConfig, TrainConfig
-from ditcli.data.latents import load_latents, measure, warn_of_scale
+from ditcli.data.latents import measure, warn_of_scale
 from ditcli.denoisers.torch_denoiser import as_denoiser
 from ditcli.devices import bf16_peak
 from ditcli.diffusion.process import Diffusion
@@ -32,7 +31,14 @@ from ditcli.training.loggers import check_loggers
 from ditcli.training.loop import run_loop
 from ditcli.training.metrics import DiffusionRow, write_metrics
 from ditcli.training.power_ema import forget_snapshots, snapshot_file, write_snapshot
-from ditcli.training.setup import Setup, check_same_settings, prepare, start_or_resume
+from ditcli.training.setup import (
+    Setup,
+    cached_latents,
+    check_same_settings,
+    make_batches,
+    prepare,
+    start_or_resume,
+)
 from ditcli.training.sharding import whole
 from ditcli.training.state import TrainState, restore
 from ditcli.training.step import Steps
@@ -71,15 +77,7 @@ def _train(setup: Setup, writer: Writer) -> None:
     if done >= config.steps:
         say(f"{run.path} already has {done:,} steps; give a higher --steps to go on.")
         return
-    latents = load_latents(
-        setup.dataset,
-        setup.codec,
-        image_size=config.image_size,
-        flip=config.flip,
-        strict=config.strict,
-        num_workers=config.num_workers or os.cpu_count() or 1,
-        processes=processes,
-    )
+    latents = cached_latents(setup)
     if config.lr == "auto":
         ramp = FindLrConfig(out=str(run.path / "lr.png"))
         setup = _with_lr(setup, try_rates(setup, latents, ramp).suggested)
@@ -88,15 +86,7 @@ def _train(setup: Setup, writer: Writer) -> None:
     state = start_or_resume(setup)
     warn_of_scale(*measure(latents, setup.codec), setup.codec)
     diffusion = Diffusion(setup.model.diffusion)
-    batches = Batches(
-        latents,
-        setup.codec,
-        diffusion,
-        config,
-        num_classes=setup.model.dit.num_classes,
-        device=setup.device,
-        processes=processes,
-    )
+    batches = make_batches(setup, latents, diffusion)
     batches.order = state.order
     if processes.first:
         forget_snapshots(run, state.step)
