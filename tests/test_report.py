@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -314,6 +314,8 @@ finite = st.floats(-1e12, 1e12, allow_nan=False)
 
 
 @given(st.lists(st.tuples(finite, st.one_of(st.none(), st.floats())), max_size=30), st.booleans(), st.booleans())
+@example([(0.0, 5e-324)], False, False)
+@example([(0.0, 1.0), (5e-324, 2.0)], True, False)
 def test_whatever_is_drawn_stays_inside(points, zero, settled):
     points = sorted(points, key=lambda point: point[0])
     drawn = chart("A", [Line("a", points), Line("b", points[:1])], zero=zero, settled=settled)

@@ -10,7 +10,7 @@ from html import escape
 WIDTH, HEIGHT = 440, 250
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 10, 30
 MOST_POINTS = 300
-LARGEST = 1e100
+LARGEST, TINY = 1e100, 1e-100
 START = 0.1  # of a run: what losses fall by there would press the rest flat
 LOG_FROM = 3.0  # a larger ratio of the ends is drawn on a logarithmic axis
 
@@ -46,14 +46,15 @@ def chart(
     low, high = min(y for _, y in known), max(y for _, y in known)
     if settled:
         high = max((y for x, y in known if x > low_x + START * (high_x - low_x)), default=high)
-    log = not zero and low > 0 and high > LOG_FROM * low
+    log = not zero and low > TINY and high > LOG_FROM * low
     if zero:
         low = min(low, 0.0)
-    if low == high:
-        low, high = low - (abs(low) or 1) * 0.1, high + (abs(high) or 1) * 0.1
+    if _alike(low, high):
+        margin = 0.1 * (abs(high) if abs(high) > TINY else 1)
+        low, high = low - margin, high + margin
     elif not log:
         low, high = (low if zero else low - (high - low) * 0.05), high + (high - low) * 0.05
-    if low_x == high_x:
+    if _alike(low_x, high_x):
         low_x, high_x = low_x - 1, high_x + 1
 
     def place_x(x: float) -> float:
@@ -112,6 +113,11 @@ def number(value: float) -> str:
     if abs(value) >= 1e4:
         return f"{value / 1e3:.4g}k"
     return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def _alike(low: float, high: float) -> bool:
+    """Whether nothing could be told apart between the two: they leave no room for ticks."""
+    return math.isclose(low, high, rel_tol=1e-9, abs_tol=TINY)
 
 
 def _thin(points: Sequence[tuple[float, float | None]]) -> list[tuple[float, float | None]]:
