@@ -20,6 +20,8 @@ TINY = DiTConfig(
     input_size=(8, 8), in_channels=3, out_channels=3, patch_size=2, width=32, depth=2, num_heads=2, num_classes=5
 )
 CONDITIONINGS = get_args(Conditioning)
+MODERN = {"mlp": "swiglu", "rope": True, "qk_norm": True}
+PARTS = [{}, MODERN, {"norm": "rms"}]
 
 
 def random_dit(config: DiTConfig, seed: int = 0) -> dit.DiT:
@@ -67,9 +69,10 @@ def test_guidance_equals_the_reference(shared, name, channels, expected):
         torch.testing.assert_close(output[:, : shape[0]], wanted[:, : shape[0]], rtol=0, atol=4e-4)
 
 
+@pytest.mark.parametrize("parts", PARTS, ids=["paper", "modern", "rms"])
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
-def test_rectangles_labels_and_time(conditioning):
-    config = dataclasses.replace(TINY, conditioning=conditioning)
+def test_rectangles_labels_and_time(conditioning, parts):
+    config = dataclasses.replace(TINY, conditioning=conditioning, **parts)
     model = random_dit(config)
     x, t, labels = inputs(config, height=4, width=12)
     with torch.no_grad():
@@ -81,10 +84,11 @@ def test_rectangles_labels_and_time(conditioning):
     torch.testing.assert_close(output, one, rtol=1e-4, atol=1e-5)  # an image does not see its batch
 
 
+@pytest.mark.parametrize("parts", PARTS, ids=["paper", "modern", "rms"])
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
-def test_a_fresh_network_predicts_zero_and_every_parameter_learns(conditioning):
+def test_a_fresh_network_predicts_zero_and_every_parameter_learns(conditioning, parts):
     torch.manual_seed(0)
-    config = dataclasses.replace(TINY, conditioning=conditioning)
+    config = dataclasses.replace(TINY, conditioning=conditioning, **parts)
     x, t, labels = inputs(config)
     fresh = dit.DiT(config)
     assert fresh(x, t, labels).abs().max() == 0
@@ -99,7 +103,38 @@ def test_a_fresh_adaln_zero_block_is_the_identity():
     model = dit.DiT(TINY)
     x, c = torch.randn(2, 16, 32), torch.randn(2, 32)
     for block in model.blocks:
-        assert torch.equal(block(x, c, torch.stack([c, c], dim=1)), x)
+        assert torch.equal(block(x, c, torch.stack([c, c], dim=1), dit.rotations(4, 4, 16, x.device)), x)
+
+
+def test_rotated_queries_and_keys_know_their_distance_alone():
+    """The law of rotary positions: (R_m q) . (R_n k) depends on m - n."""
+    torch.manual_seed(0)
+    height, width, dim = 3, 5, 8
+    rotation = dit.rotations(height, width, dim, torch.device("cpu")).double()
+    q, k = torch.randn(2, 1, dim, dtype=torch.float64)
+    products = (dit.rotate(q.expand(15, dim), rotation) @ dit.rotate(k.expand(15, dim), rotation).T).view(3, 5, 3, 5)
+    torch.testing.assert_close(products[1:, 1:, 1:, 1:], products[:-1, :-1, :-1, :-1], rtol=0, atol=1e-6)
+    assert not torch.allclose(products[0, 0, 0, 1], products[0, 0, 1, 0])  # rows and columns differ
+    norms = dit.rotate(q.expand(15, dim), rotation).norm(dim=-1)
+    torch.testing.assert_close(norms, q.norm().expand(15), rtol=0, atol=1e-6)
+
+
+def test_a_gated_mlp_has_as_many_parameters():
+    for width in (192, 384, 1152):
+        plain, gated = (DiTConfig(width=width, num_heads=6, mlp=mlp) for mlp in ("gelu", "swiglu"))
+        sizes = [sum(p.numel() for p in dit.make_mlp(config).parameters()) for config in (plain, gated)]
+        assert sizes[1] == pytest.approx(sizes[0], rel=0.01)
+
+
+def test_normalised_queries_and_keys_bound_the_scores():
+    config = dataclasses.replace(TINY, qk_norm=True)
+    attention = dit.Attention(config)
+    with torch.no_grad():
+        attention.qkv.weight *= 1e4  # as in a run that diverges
+    x, seen = torch.randn(2, 16, 32), []
+    attention.q_norm.register_forward_hook(lambda *args: seen.append(args[2]))
+    attention(x, dit.rotations(4, 4, 16, x.device))
+    assert seen[0].norm(dim=-1).max() <= 4.001  # the root of a head's width
 
 
 def test_named_sizes_have_the_parameters_of_the_paper():

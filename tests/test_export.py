@@ -18,6 +18,7 @@ import pytest
 import torch
 from exports import DIT, KL, PIXELS, TINY, make_latent_run, make_run
 from onnx import TensorProto, numpy_helper
+from test_dit import MODERN
 
 import ditcli
 from ditcli import export as exporting
@@ -32,7 +33,12 @@ from ditcli.runs import RunDir
 from ditcli.sampling import sample
 from ditcli.sessions import open_session
 
-# With each way of conditioning something else that an export may be asked for.
+# With each way of conditioning something else that an export may be asked for, and the parts that came since the paper.
+PARTS = {
+    "adaln": MODERN,
+    "cross-attention": MODERN | {"norm": "rms"},
+    "in-context": MODERN,
+}
 CHANGES = {
     "adaln-zero": {},
     "adaln": {"opset": 20},
@@ -51,7 +57,7 @@ class Exported:
 def exported(tmp_path_factory) -> dict[str, Exported]:
     made = {}
     for conditioning, changes in CHANGES.items():
-        dit = dataclasses.replace(DIT, conditioning=conditioning)
+        dit = dataclasses.replace(DIT, conditioning=conditioning, **PARTS.get(conditioning, {}))
         run = make_run(tmp_path_factory.mktemp(conditioning), dataclasses.replace(PIXELS, dit=dit))
         with pytest.MonkeyPatch.context() as patch:
             if conditioning == "in-context":

@@ -12,8 +12,8 @@ import pytest
 import torch
 from exports import PIXELS, TINY, make_latent_run, make_run
 from test_conv import TINY as CONV
+from test_dit import MODERN, inputs, random_dit
 from test_dit import TINY as DIT
-from test_dit import inputs, random_dit
 
 from ditcli.config import Conditioning, SampleConfig, TrainConfig
 from ditcli.errors import SettingError
@@ -30,10 +30,11 @@ from ditcli.models.jax_dit import apply  # noqa: E402
 jitted = jax.jit(apply, static_argnames="config")
 
 
+@pytest.mark.parametrize("parts", [{}, MODERN, MODERN | {"norm": "rms"}], ids=["paper", "modern", "rms"])
 @pytest.mark.parametrize("conv", [False, True], ids=["dit", "conv-dit"])
 @pytest.mark.parametrize("conditioning", get_args(Conditioning))
-def test_every_network_equals_torch(conditioning, conv):
-    config = dataclasses.replace(CONV if conv else DIT, conditioning=conditioning, mlp_norm_eps=1e-5)
+def test_every_network_equals_torch(conditioning, conv, parts):
+    config = dataclasses.replace(CONV if conv else DIT, conditioning=conditioning, mlp_norm_eps=1e-5, **parts)
     network = random_dit(config)
     side = 2 * config.stride
     x, t, labels = inputs(config, height=side, width=3 * side)

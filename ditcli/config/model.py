@@ -11,6 +11,8 @@ from ditcli.config.base import Config, suggest
 from ditcli.errors import SettingError
 
 Conditioning = Literal["adaln-zero", "adaln", "cross-attention", "in-context"]
+MLPKind = Literal["gelu", "swiglu"]
+Norm = Literal["layer", "rms"]
 ScheduleName = Literal["linear", "cosine", "flow"]
 Prediction = Literal["eps", "x0", "v", "flow"]
 Spacing = Literal["uniform", "quadratic", "karras", "leading", "trailing"]
@@ -25,6 +27,8 @@ CONV_DIT, CONV_WIDTHS = "conv-dit", (64, 128, 4)
 @dataclass(frozen=True, kw_only=True)
 class DiTConfig(Config):
     """The shape of a Diffusion Transformer; `input_size` is the (height, width) of its input.
+
+    `mlp`, `norm`, `rope` (rotary beside fixed positions) and `qk_norm` are parts that have changed since the paper.
 
     `conv_widths` are the channels of the strided convolutions around it, each of which halves height and width; none
     of them is a plain DiT.
@@ -44,6 +48,10 @@ class DiTConfig(Config):
     mlp_ratio: float = 4.0
     num_classes: int = 1000
     conditioning: Conditioning = "adaln-zero"
+    mlp: MLPKind = "gelu"
+    norm: Norm = "layer"
+    rope: bool = False
+    qk_norm: bool = False
     conv_widths: tuple[int, ...] = ()
     frequency_divisor: int = 128
     mlp_norm_eps: float = 1e-6
@@ -51,6 +59,8 @@ class DiTConfig(Config):
     def __post_init__(self) -> None:
         self._check_types()
         self._check("conditioning", self.conditioning in get_args(Conditioning), f"one of {get_args(Conditioning)}")
+        self._check("mlp", self.mlp in get_args(MLPKind), f"one of {get_args(MLPKind)}")
+        self._check("norm", self.norm in get_args(Norm), f"one of {get_args(Norm)}")
         self._check_at_least(1, "in_channels", "out_channels", "patch_size", "width", "depth", "num_heads")
         self._check_at_least(1, "frequency_divisor")
         self._check("mlp_norm_eps", self.mlp_norm_eps > 0, "positive")
@@ -58,6 +68,8 @@ class DiTConfig(Config):
         self._check("width", self.width % 4 == 0, "a multiple of 4 (2-D sin-cos positions)")
         self._check("num_heads", self.width % self.num_heads == 0, f"a divisor of width {self.width}")
         self._check("mlp_ratio", self.mlp_ratio > 0, "positive")
+        turns = not self.rope or self.width // self.num_heads % 4 == 0
+        self._check("rope", turns, "false where width / num-heads is no multiple of 4")
         self._check("conv_widths", all(type(n) is int and n > 0 for n in self.conv_widths), "positive whole numbers")
         fits = len(self.input_size) == 2 and all(n > 0 and n % self.stride == 0 for n in self.input_size)
         doubled = ", doubled by each of conv-widths" if self.conv_widths else ""
@@ -67,6 +79,12 @@ class DiTConfig(Config):
     def stride(self) -> int:
         """Pixels of the input from one token to the next; heights and widths are multiples of it."""
         return self.patch_size * 2 ** len(self.conv_widths)
+
+    @property
+    def mlp_width(self) -> int:
+        """Of the hidden layer; a gated one has two thirds, in whole eights, so that it has as many parameters."""
+        hidden = int(self.width * self.mlp_ratio)
+        return hidden if self.mlp == "gelu" else max(8, round(hidden / 12) * 8)
 
     @property
     def num_tokens(self) -> int:

@@ -12,6 +12,8 @@ from ditcli.config.model import (
     Conditioning,
     DiffusionConfig,
     DiTConfig,
+    MLPKind,
+    Norm,
     Prediction,
     ScheduleName,
     parse_model_name,
@@ -19,6 +21,7 @@ from ditcli.config.model import (
 from ditcli.config.score import NETWORKS
 from ditcli.errors import SettingError
 
+TimeSampling = Literal["uniform", "logit-normal"]
 DEFAULT_VAE = "stabilityai/sd-vae-ft-ema"
 
 
@@ -59,6 +62,13 @@ class TrainConfig(Config):
         None, "How blocks see time and label.  [default: adaln-zero]", choices=Conditioning
     )
 
+    mlp: MLPKind = option(
+        None, "The blocks' MLP; swiglu is gated, at equal parameters.  [default: gelu]", choices=MLPKind
+    )
+    norm: Norm = option(None, "The blocks' normalisation: LayerNorm or RMSNorm.  [default: layer]", choices=Norm)
+    rope: bool = option(None, "Rotate queries and keys by their position (2-D RoPE).  [default: no-rope]")
+    qk_norm: bool = option(None, "Normalise queries and keys.  [default: no-qk-norm]")
+
     schedule: ScheduleName = option(None, "Noise schedule.  [default: linear]", choices=ScheduleName)
     num_timesteps: int = option(None, "Steps of the noise schedule.  [default: 1000]")
     prediction: Prediction | None = option(
@@ -69,6 +79,14 @@ class TrainConfig(Config):
         "Learn the variance of the reverse process too.  [default: with --prediction eps and --loss mse, for a DiT]",
     )
     loss: Loss = option("mse", "Distance between prediction and target.", choices=Loss)
+    direction_loss: float = option(0.0, "With --schedule flow: weight of the angle between velocities; 1 is usual.")
+    min_snr: float = option(
+        0.0, "Weigh the loss by min(SNR, this) over SNR, with --prediction eps; 0 weighs all alike."
+    )
+    time_sampling: TimeSampling = option(
+        "uniform", "How times of training are drawn; logit-normal prefers the middle.", choices=TimeSampling
+    )
+    time_shift: float = option(1.0, "Shift times of training toward noise; 3 suits 1024 pixels.")
     label_dropout: float = option(0.1, "Chance that a label is replaced by the null class, for guidance.")
 
     steps: int = option(400_000, "Optimiser steps in all.")
@@ -141,6 +159,10 @@ class TrainConfig(Config):
         "image_size": 256,
         "mlp_ratio": 4.0,
         "conditioning": "adaln-zero",
+        "mlp": "gelu",
+        "norm": "layer",
+        "rope": False,
+        "qk_norm": False,
         "schedule": "linear",
         "num_timesteps": 1000,
     }
@@ -171,6 +193,8 @@ class TrainConfig(Config):
                     self._check(f.name, getattr(self, f.name) == f.default, "left out without --eval-every")
         elif self.eval_features not in NETWORKS:
             self._check("eval_weights", self.eval_weights is None, f"left out with {self.eval_features}")
+        self._check_at_least(0, "direction_loss", "min_snr")
+        self._check("time_shift", self.time_shift > 0, "positive")
         self._check("label_dropout", 0 <= self.label_dropout < 1, "at least 0 and less than 1")
         if self.pixels and self.vae is not None:
             raise SettingError(f"pixels and vae {self.vae!r} exclude each other: give one of them.")
@@ -195,7 +219,11 @@ class TrainConfig(Config):
             stride = shape["patch_size"] * 2 ** len(shape["conv_widths"])
             doubled = ", doubled by each of conv-widths" if self.is_conv else ""
             self._check("image_size", self.image_size % stride == 0, f"a multiple of {stride}, the patch size{doubled}")
-        self.diffusion()
+        diffusion = self.diffusion()
+        if diffusion.schedule != "flow":
+            self._check("direction_loss", not self.direction_loss, "0 but with --schedule flow")
+        if diffusion.prediction != "eps":
+            self._check("min_snr", not self.min_snr, "0 but with --prediction eps")
 
     def _read_lr(self) -> None:
         """A number that came as text, as from the command line."""
@@ -240,6 +268,10 @@ class TrainConfig(Config):
             mlp_ratio=self.mlp_ratio,
             num_classes=num_classes,
             conditioning=self.conditioning,
+            mlp=self.mlp,
+            norm=self.norm,
+            rope=self.rope,
+            qk_norm=self.qk_norm,
             **self.model_shape(),
         )
 

@@ -29,7 +29,7 @@ class Forecast(nn.Module):
         self._seen: list[tuple[float, Tensor]] = []  # time and what the blocks added, the latest first
         self._foreseen = 0
 
-    def forward(self, x: Tensor, c: Tensor, tokens: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *conditions: Tensor) -> Tensor:
         if self._seen and (self.time >= self._seen[0][0] or x.shape != self._seen[0][1].shape):
             self._seen = []  # another batch, or guidance begins or ends
         if len(self._seen) > ORDER and self._foreseen < self.every - 1:
@@ -37,7 +37,7 @@ class Forecast(nn.Module):
             return x + self._extrapolate()
         start = x
         for block in self.blocks:
-            x = block(x, c, tokens)
+            x = block(x, *conditions)
         self._seen = [(self.time, x - start), *self._seen][: ORDER + 1]
         self._foreseen = 0
         return x

@@ -44,6 +44,30 @@ def _sincos(positions: Tensor, omega: Tensor) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
+def rotations(height: int, width: int, dim: int, device: torch.device) -> Tensor:
+    """Rotary positions in 2-D (arXiv 2403.13298, eqs. 5 and 12): cosines and sines, (2, height * width, dim / 2).
+
+    Of the dim / 2 pairs of a head's numbers one half turns with the row and the other with the column.
+    """
+    frequencies = 100 ** -(torch.arange(dim // 4, device=device, dtype=torch.float32) / (dim // 4))
+    rows = torch.arange(height, device=device, dtype=torch.float32)[:, None] * frequencies
+    columns = torch.arange(width, device=device, dtype=torch.float32)[:, None] * frequencies
+    shape = (height, width, dim // 4)
+    angles = torch.cat([rows[:, None].expand(shape), columns[None].expand(shape)], dim=-1).flatten(0, 1)
+    return torch.stack([angles.cos(), angles.sin()])
+
+
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """The tokens' pairs (x_i, x_{i + d/2}) of x (..., T, d), each turned by its angle of `rotation` (2, T, d/2)."""
+    cos, sin = rotation.to(x.dtype)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def unturned(x: Tensor, rotation: Tensor) -> Tensor:
+    return x
+
+
 class PatchEmbed(nn.Module):
     def __init__(self, patch_size: int, in_channels: int, width: int):
         super().__init__()
@@ -81,30 +105,45 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(labels)  # (N, D)
 
 
-class Attention(nn.Module):
-    def __init__(self, width: int, num_heads: int):
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+def make_norm(config: DiTConfig, *, affine: bool, eps: float = 1e-6) -> nn.Module:
+    """LayerNorm, or RMSNorm (arXiv 1910.07467)."""
+    kind = nn.RMSNorm if config.norm == "rms" else nn.LayerNorm
+    return kind(config.width, elementwise_affine=affine, eps=eps)
 
-    def forward(self, x: Tensor) -> Tensor:
+
+def make_qk_norm(config: DiTConfig) -> nn.Module:
+    """LayerNorm of queries or keys (arXiv 2302.05442, section 2), or nothing."""
+    return nn.LayerNorm(config.width // config.num_heads, eps=1e-6, bias=False) if config.qk_norm else nn.Identity()
+
+
+class Attention(nn.Module):
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.qkv = nn.Linear(config.width, 3 * config.width)
+        self.q_norm, self.k_norm = make_qk_norm(config), make_qk_norm(config)
+        self.rotate = rotate if config.rope else unturned
+        self.proj = nn.Linear(config.width, config.width)
+
+    def forward(self, x: Tensor, rotation: Tensor) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (N, heads, T, d) each
+        q, k = self.rotate(self.q_norm(q), rotation), self.rotate(self.k_norm(k), rotation)
         return self.proj(attend(q, k, v).transpose(1, 2).flatten(2))  # (N, T, D)
 
 
 class CrossAttention(nn.Module):
-    def __init__(self, width: int, num_heads: int):
+    def __init__(self, config: DiTConfig):
         super().__init__()
-        self.num_heads = num_heads
-        self.q = nn.Linear(width, width)
-        self.kv = nn.Linear(width, 2 * width)
-        self.proj = nn.Linear(width, width)
+        self.num_heads = config.num_heads
+        self.q = nn.Linear(config.width, config.width)
+        self.kv = nn.Linear(config.width, 2 * config.width)
+        self.q_norm, self.k_norm = make_qk_norm(config), make_qk_norm(config)
+        self.proj = nn.Linear(config.width, config.width)
 
     def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
         q = self.q(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (N, heads, T, d)
         k, v = self.kv(tokens).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (N, heads, 2, d) each
-        return self.proj(attend(q, k, v).transpose(1, 2).flatten(2))  # (N, T, D)
+        return self.proj(attend(self.q_norm(q), self.k_norm(k), v).transpose(1, 2).flatten(2))  # (N, T, D)
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -125,24 +164,42 @@ class MLP(nn.Module):
         return self.fc2(gelu(self.fc1(x)))
 
 
+class SwiGLU(nn.Module):
+    """A gated MLP (arXiv 2002.05202, eq. 6)."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.fc1 = nn.Linear(width, 2 * hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.fc1(x).chunk(2, dim=-1)
+        return self.fc2(F.silu(gate) * value)
+
+
+def make_mlp(config: DiTConfig) -> nn.Module:
+    return {"gelu": MLP, "swiglu": SwiGLU}[config.mlp](config.width, config.mlp_width)
+
+
 # The four ways of conditioning (paper section 3.2). Each block takes the patches x (N, T, D), the sum c (N, D) of the
-# time's and the label's embedding, and the two of them as tokens (N, 2, D); it uses what its way needs.
+# time's and the label's embedding, the two of them as tokens (N, 2, D), and rotations of its patches; it uses what its
+# way needs.
 
 
 class AdaLNZeroBlock(nn.Module):
     """Adaptive layer norm with gates that start at zero, so that a fresh block is the identity."""
 
-    def __init__(self, width: int, num_heads: int, mlp_ratio: float, mlp_norm_eps: float):
+    def __init__(self, config: DiTConfig):
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.attn = Attention(width, num_heads)
-        self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=mlp_norm_eps)
-        self.mlp = MLP(width, int(width * mlp_ratio))
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+        self.norm1 = make_norm(config, affine=False)
+        self.attn = Attention(config)
+        self.norm2 = make_norm(config, affine=False, eps=config.mlp_norm_eps)
+        self.mlp = make_mlp(config)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.width, 6 * config.width))
 
-    def forward(self, x: Tensor, c: Tensor, tokens: Tensor) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor, tokens: Tensor, rotation: Tensor) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)  # (N, D) each
-        x = x + gate1.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift1, scale1))  # (N, T, D)
+        x = x + gate1.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift1, scale1), rotation)  # (N, T, D)
         x = x + gate2.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift2, scale2))  # (N, T, D)
         return x
 
@@ -150,17 +207,17 @@ class AdaLNZeroBlock(nn.Module):
 class AdaLNBlock(nn.Module):
     """Adaptive layer norm without gates."""
 
-    def __init__(self, width: int, num_heads: int, mlp_ratio: float, mlp_norm_eps: float):
+    def __init__(self, config: DiTConfig):
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.attn = Attention(width, num_heads)
-        self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=mlp_norm_eps)
-        self.mlp = MLP(width, int(width * mlp_ratio))
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 4 * width))
+        self.norm1 = make_norm(config, affine=False)
+        self.attn = Attention(config)
+        self.norm2 = make_norm(config, affine=False, eps=config.mlp_norm_eps)
+        self.mlp = make_mlp(config)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.width, 4 * config.width))
 
-    def forward(self, x: Tensor, c: Tensor, tokens: Tensor) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor, tokens: Tensor, rotation: Tensor) -> Tensor:
         shift1, scale1, shift2, scale2 = self.adaLN_modulation(c).chunk(4, dim=1)  # (N, D) each
-        x = x + self.attn(modulate(self.norm1(x), shift1, scale1))  # (N, T, D)
+        x = x + self.attn(modulate(self.norm1(x), shift1, scale1), rotation)  # (N, T, D)
         x = x + self.mlp(modulate(self.norm2(x), shift2, scale2))  # (N, T, D)
         return x
 
@@ -168,17 +225,17 @@ class AdaLNBlock(nn.Module):
 class CrossAttentionBlock(nn.Module):
     """A transformer block that attends to time and label after attending to itself."""
 
-    def __init__(self, width: int, num_heads: int, mlp_ratio: float, mlp_norm_eps: float):
+    def __init__(self, config: DiTConfig):
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=1e-6)
-        self.attn = Attention(width, num_heads)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.cross_attn = CrossAttention(width, num_heads)
-        self.norm3 = nn.LayerNorm(width, eps=mlp_norm_eps)
-        self.mlp = MLP(width, int(width * mlp_ratio))
+        self.norm1 = make_norm(config, affine=True)
+        self.attn = Attention(config)
+        self.norm2 = make_norm(config, affine=True)
+        self.cross_attn = CrossAttention(config)
+        self.norm3 = make_norm(config, affine=True, eps=config.mlp_norm_eps)
+        self.mlp = make_mlp(config)
 
-    def forward(self, x: Tensor, c: Tensor, tokens: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))  # (N, T, D)
+    def forward(self, x: Tensor, c: Tensor, tokens: Tensor, rotation: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x), rotation)  # (N, T, D)
         x = x + self.cross_attn(self.norm2(x), tokens)  # (N, T, D)
         x = x + self.mlp(self.norm3(x))  # (N, T, D)
         return x
@@ -187,25 +244,25 @@ class CrossAttentionBlock(nn.Module):
 class InContextBlock(nn.Module):
     """A plain transformer block; time and label are tokens of the sequence it works on."""
 
-    def __init__(self, width: int, num_heads: int, mlp_ratio: float, mlp_norm_eps: float):
+    def __init__(self, config: DiTConfig):
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=1e-6)
-        self.attn = Attention(width, num_heads)
-        self.norm2 = nn.LayerNorm(width, eps=mlp_norm_eps)
-        self.mlp = MLP(width, int(width * mlp_ratio))
+        self.norm1 = make_norm(config, affine=True)
+        self.attn = Attention(config)
+        self.norm2 = make_norm(config, affine=True, eps=config.mlp_norm_eps)
+        self.mlp = make_mlp(config)
 
-    def forward(self, x: Tensor, c: Tensor, tokens: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))  # (N, 2 + T, D)
+    def forward(self, x: Tensor, c: Tensor, tokens: Tensor, rotation: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x), rotation)  # (N, 2 + T, D)
         x = x + self.mlp(self.norm2(x))  # (N, 2 + T, D)
         return x
 
 
 class AdaLNFinalLayer(nn.Module):
-    def __init__(self, width: int, out_dim: int):
+    def __init__(self, config: DiTConfig):
         super().__init__()
-        self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.linear = nn.Linear(width, out_dim)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+        self.norm_final = make_norm(config, affine=False)
+        self.linear = nn.Linear(config.width, config.patch_size**2 * config.out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.width, 2 * config.width))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
@@ -213,21 +270,22 @@ class AdaLNFinalLayer(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    def __init__(self, width: int, out_dim: int):
+    def __init__(self, config: DiTConfig):
         super().__init__()
-        self.norm_final = nn.LayerNorm(width, eps=1e-6)
-        self.linear = nn.Linear(width, out_dim)
+        self.norm_final = make_norm(config, affine=True)
+        self.linear = nn.Linear(config.width, config.patch_size**2 * config.out_channels)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         return self.linear(self.norm_final(x))  # (N, T, p * p * C)
 
 
-def prepend(tokens: Tensor, x: Tensor) -> Tensor:
-    return torch.cat([tokens, x], dim=1)  # (N, 2 + T, D)
+def prepend(tokens: Tensor, x: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
+    unturned = torch.stack([rotation.new_ones(2, rotation.shape[2]), rotation.new_zeros(2, rotation.shape[2])])
+    return torch.cat([tokens, x], dim=1), torch.cat([unturned, rotation], dim=1)  # (N, 2 + T, D), (2, 2 + T, d/2)
 
 
-def leave(tokens: Tensor, x: Tensor) -> Tensor:
-    return x
+def leave(tokens: Tensor, x: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
+    return x, rotation
 
 
 class DiT(nn.Module):
@@ -252,10 +310,8 @@ class DiT(nn.Module):
         self.x_embedder = PatchEmbed(config.patch_size, config.in_channels, config.width)
         self.t_embedder = TimestepEmbedder(config.width, config.frequency_divisor)
         self.y_embedder = LabelEmbedder(config.num_classes, config.width)
-        self.blocks = nn.ModuleList(
-            block(config.width, config.num_heads, config.mlp_ratio, config.mlp_norm_eps) for _ in range(config.depth)
-        )
-        self.final_layer = final(config.width, config.patch_size**2 * config.out_channels)
+        self.blocks = nn.ModuleList(block(config) for _ in range(config.depth))
+        self.final_layer = final(config)
         self._initialise()
         # Published state dicts carry the fixed positions, which are computed here.
         self.register_load_state_dict_pre_hook(lambda module, state, prefix, *_: state.pop(f"{prefix}pos_embed", None))
@@ -267,12 +323,13 @@ class DiT(nn.Module):
         time, label = self.t_embedder(t), self.y_embedder(labels)  # (N, D) each
         c = time + label  # (N, D)
         tokens = torch.stack([time, label], dim=1)  # (N, 2, D)
-        x = self.join(tokens, x)  # (N, T or 2 + T, D)
+        rotation = rotations(height, width, self.config.width // self.config.num_heads, x.device)  # (2, T, d/2)
+        x, rotation = self.join(tokens, x, rotation)  # (N, T or 2 + T, D)
         for block in self.blocks:
             if self.checkpoint_activations and torch.is_grad_enabled():
-                x = checkpoint(block, x, c, tokens, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(block, x, c, tokens, rotation, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = block(x, c, tokens)
+                x = block(x, c, tokens, rotation)
         x = self.final_layer(x[:, -height * width :], c)  # (N, T, p * p * C)
         x = x.unflatten(1, (height, width)).unflatten(-1, (p, p, -1))  # (N, H/p, W/p, p, p, C)
         return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # (N, C, H, W)

@@ -16,6 +16,7 @@ from jax import Array, lax
 from ditcli.config import DiTConfig
 
 Weights = Mapping[str, Array]
+Rotation = tuple[Array, Array] | None  # cosines and sines, (T, d/2) each
 
 
 def apply(weights: Weights, config: DiTConfig, x: Array, t: Array, labels: Array) -> Array:
@@ -44,59 +45,85 @@ def _dit(weights: Weights, config: DiTConfig, x: Array, t: Array, labels: Array)
     time, label = _embed(weights, config, t, labels)  # (N, D) each
     c = jax.nn.silu(time + label)  # (N, D)
     tokens = jnp.stack([time, label], axis=1)  # (N, 2, D)
+    rotation = _rotations(height, width, config.width // config.num_heads) if config.rope else None
     if conditioning == "in-context":
         x = jnp.concatenate([tokens, x], axis=1)  # (N, 2 + T, D)
+        rotation = rotation and _padded(*rotation)
     for i in range(config.depth):
-        x = _block(weights, f"blocks.{i}", config, x, c, tokens)
+        x = _block(weights, f"blocks.{i}", config, x, c, tokens, rotation)
     x = x[:, -height * width :]  # (N, T, D)
     if conditioning.startswith("adaln"):
         shift, scale = jnp.split(_linear(weights, "final_layer.adaLN_modulation.1", c), 2, axis=1)
-        x = _modulate(_norm(x, 1e-6), shift, scale)
+        x = _modulate(_norm(config, x), shift, scale)
     else:
-        x = _scaled_norm(weights, "final_layer.norm_final", x, 1e-6)
+        x = _scaled_norm(weights, "final_layer.norm_final", config, x)
     x = _linear(weights, "final_layer.linear", x).reshape(-1, height, width, p, p, _out_channels(config))
     return x.transpose(0, 5, 1, 3, 2, 4).reshape(len(x), -1, height * p, width * p)  # (N, C, H, W)
 
 
-def _block(weights: Weights, name: str, config: DiTConfig, x: Array, c: Array, tokens: Array) -> Array:
+def _block(
+    weights: Weights, name: str, config: DiTConfig, x: Array, c: Array, tokens: Array, rotation: Rotation
+) -> Array:
     """One of the four ways of conditioning (paper section 3.2), as in `dit`; c (N, D) is after its activation."""
-    heads, mlp_eps = config.num_heads, config.mlp_norm_eps
+
+    def attend(x: Array) -> Array:
+        return _attend(weights, f"{name}.attn", config, x, rotation)
+
+    def mlp(x: Array) -> Array:
+        return _mlp(weights, f"{name}.mlp", config, x)
+
+    def norm(part: str, x: Array, eps: float = 1e-6) -> Array:
+        return _scaled_norm(weights, f"{name}.{part}", config, x, eps)
+
+    mlp_eps = config.mlp_norm_eps
     match config.conditioning:
         case "adaln-zero":
             parts = jnp.split(_linear(weights, f"{name}.adaLN_modulation.1", c), 6, axis=1)  # (N, D) each
             shift1, scale1, gate1, shift2, scale2, gate2 = parts
-            x = x + gate1[:, None] * _attend(weights, f"{name}.attn", _modulate(_norm(x, 1e-6), shift1, scale1), heads)
-            return x + gate2[:, None] * _mlp(weights, f"{name}.mlp", _modulate(_norm(x, mlp_eps), shift2, scale2))
+            x = x + gate1[:, None] * attend(_modulate(_norm(config, x), shift1, scale1))
+            return x + gate2[:, None] * mlp(_modulate(_norm(config, x, mlp_eps), shift2, scale2))
         case "adaln":
             parts = jnp.split(_linear(weights, f"{name}.adaLN_modulation.1", c), 4, axis=1)
             shift1, scale1, shift2, scale2 = parts
-            x = x + _attend(weights, f"{name}.attn", _modulate(_norm(x, 1e-6), shift1, scale1), heads)
-            return x + _mlp(weights, f"{name}.mlp", _modulate(_norm(x, mlp_eps), shift2, scale2))
+            x = x + attend(_modulate(_norm(config, x), shift1, scale1))
+            return x + mlp(_modulate(_norm(config, x, mlp_eps), shift2, scale2))
         case "cross-attention":
-            x = x + _attend(weights, f"{name}.attn", _scaled_norm(weights, f"{name}.norm1", x, 1e-6), heads)
-            normed = _scaled_norm(weights, f"{name}.norm2", x, 1e-6)
-            x = x + _attend_to(weights, f"{name}.cross_attn", normed, tokens, heads)
-            return x + _mlp(weights, f"{name}.mlp", _scaled_norm(weights, f"{name}.norm3", x, mlp_eps))
+            x = x + attend(norm("norm1", x))
+            x = x + _attend_to(weights, f"{name}.cross_attn", config, norm("norm2", x), tokens)
+            return x + mlp(norm("norm3", x, mlp_eps))
         case "in-context":
-            x = x + _attend(weights, f"{name}.attn", _scaled_norm(weights, f"{name}.norm1", x, 1e-6), heads)
-            return x + _mlp(weights, f"{name}.mlp", _scaled_norm(weights, f"{name}.norm2", x, mlp_eps))
+            x = x + attend(norm("norm1", x))
+            return x + mlp(norm("norm2", x, mlp_eps))
 
 
-def _attend(weights: Weights, name: str, x: Array, heads: int) -> Array:
-    qkv = _linear(weights, f"{name}.qkv", x).reshape(*x.shape[:2], 3, heads, -1)  # (N, T, 3, heads, d)
-    attended = jax.nn.dot_product_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])  # (N, T, heads, d)
+def _attend(weights: Weights, name: str, config: DiTConfig, x: Array, rotation: Rotation) -> Array:
+    qkv = _linear(weights, f"{name}.qkv", x).reshape(*x.shape[:2], 3, config.num_heads, -1)  # (N, T, 3, heads, d)
+    q, k = (_rotate(part, rotation) for part in _normed(weights, name, config, qkv[:, :, 0], qkv[:, :, 1]))
+    attended = jax.nn.dot_product_attention(q, k, qkv[:, :, 2])  # (N, T, heads, d)
     return _linear(weights, f"{name}.proj", attended.reshape(x.shape))  # (N, T, D)
 
 
-def _attend_to(weights: Weights, name: str, x: Array, tokens: Array, heads: int) -> Array:
-    q = _linear(weights, f"{name}.q", x).reshape(*x.shape[:2], heads, -1)  # (N, T, heads, d)
-    kv = _linear(weights, f"{name}.kv", tokens).reshape(*tokens.shape[:2], 2, heads, -1)  # (N, 2, 2, heads, d)
-    attended = jax.nn.dot_product_attention(q, kv[:, :, 0], kv[:, :, 1])  # (N, T, heads, d)
+def _attend_to(weights: Weights, name: str, config: DiTConfig, x: Array, tokens: Array) -> Array:
+    q = _linear(weights, f"{name}.q", x).reshape(*x.shape[:2], config.num_heads, -1)  # (N, T, heads, d)
+    kv = _linear(weights, f"{name}.kv", tokens).reshape(*tokens.shape[:2], 2, config.num_heads, -1)
+    q, k = _normed(weights, name, config, q, kv[:, :, 0])
+    attended = jax.nn.dot_product_attention(q, k, kv[:, :, 1])  # (N, T, heads, d)
     return _linear(weights, f"{name}.proj", attended.reshape(x.shape))  # (N, T, D)
 
 
-def _mlp(weights: Weights, name: str, x: Array) -> Array:
-    return _linear(weights, f"{name}.fc2", jax.nn.gelu(_linear(weights, f"{name}.fc1", x), approximate=True))
+def _normed(weights: Weights, name: str, config: DiTConfig, q: Array, k: Array) -> tuple[Array, Array]:
+    """Queries and keys (N, T, heads, d), normalised where the config has it so."""
+    if not config.qk_norm:
+        return q, k
+    return tuple(_layer_norm(x, 1e-6) * weights[f"{name}.{part}_norm.weight"] for x, part in ((q, "q"), (k, "k")))
+
+
+def _mlp(weights: Weights, name: str, config: DiTConfig, x: Array) -> Array:
+    hidden = _linear(weights, f"{name}.fc1", x)
+    if config.mlp == "swiglu":
+        gate, value = jnp.split(hidden, 2, axis=-1)
+        return _linear(weights, f"{name}.fc2", jax.nn.silu(gate) * value)
+    return _linear(weights, f"{name}.fc2", jax.nn.gelu(hidden, approximate=True))
 
 
 def _embed(weights: Weights, config: DiTConfig, t: Array, labels: Array) -> tuple[Array, Array]:
@@ -120,16 +147,47 @@ def _positions(height: int, width: int, dim: int) -> Array:
     return jnp.concatenate(both, axis=-1).reshape(height * width, dim)
 
 
+def _rotations(height: int, width: int, dim: int) -> tuple[Array, Array]:
+    """`dit.rotations`: cosines and sines, (height * width, dim / 2) each."""
+    frequencies = 100 ** -(jnp.arange(dim // 4, dtype=jnp.float32) / (dim // 4))
+    rows, columns = (jnp.arange(side, dtype=jnp.float32)[:, None] * frequencies for side in (height, width))
+    shape = (height, width, dim // 4)
+    both = [jnp.broadcast_to(rows[:, None], shape), jnp.broadcast_to(columns[None], shape)]
+    angles = jnp.concatenate(both, axis=-1).reshape(height * width, dim // 2)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def _padded(cos: Array, sin: Array) -> tuple[Array, Array]:
+    """With the two tokens in front, which are not turned."""
+    return jnp.pad(cos, ((2, 0), (0, 0)), constant_values=1), jnp.pad(sin, ((2, 0), (0, 0)))
+
+
+def _rotate(x: Array, rotation: Rotation) -> Array:
+    """`dit.rotate`, of x (N, T, heads, d)."""
+    if rotation is None:
+        return x
+    cos, sin = (part[:, None] for part in rotation)  # (T, 1, d/2) each
+    first, second = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
 def _linear(weights: Weights, name: str, x: Array) -> Array:
     return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
 
 
-def _norm(x: Array, eps: float) -> Array:
+def _norm(config: DiTConfig, x: Array, eps: float = 1e-6) -> Array:
+    if config.norm == "rms":
+        return x * lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + eps)
+    return _layer_norm(x, eps)
+
+
+def _layer_norm(x: Array, eps: float) -> Array:
     return (x - x.mean(axis=-1, keepdims=True)) * lax.rsqrt(x.var(axis=-1, keepdims=True) + eps)
 
 
-def _scaled_norm(weights: Weights, name: str, x: Array, eps: float) -> Array:
-    return _norm(x, eps) * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+def _scaled_norm(weights: Weights, name: str, config: DiTConfig, x: Array, eps: float = 1e-6) -> Array:
+    normed = _norm(config, x, eps) * weights[f"{name}.weight"]
+    return normed if config.norm == "rms" else normed + weights[f"{name}.bias"]
 
 
 def _modulate(x: Array, shift: Array, scale: Array) -> Array:

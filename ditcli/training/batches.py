@@ -86,8 +86,11 @@ class Batches:
         return Batch(x0, eps, place(labels, self.device), t[self.part])
 
     def _times(self, rng: np.random.Generator, num: int) -> np.ndarray:
-        steps = self.diffusion.schedule.num_steps
-        return rng.random(num) if steps is None else (1 + rng.integers(steps, size=num)) / steps
+        """As in Stable Diffusion 3 (arXiv 2403.03206): eq. 19 for logit-normal times, eq. 23 for the shift."""
+        steps, shift = self.diffusion.schedule.num_steps, self.config.time_shift
+        t = rng.random(num) if self.config.time_sampling == "uniform" else 1 / (1 + np.exp(-rng.standard_normal(num)))
+        t = shift * t / (1 + (shift - 1) * t)
+        return t if steps is None else np.ceil(t * steps).clip(1) / steps
 
     def _moments(self, images: np.ndarray, flipped: np.ndarray) -> Tensor:
         rows = images * self.flips + flipped * (self.flips > 1)
