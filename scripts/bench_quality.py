@@ -14,8 +14,8 @@ that of a held-out picture: about 1 where the model does not recite, well below 
 
 Runs of a seed take turns, each with a clock of its own that stops when others train or are scored, so that what else
 the machine does hits all alike. The first table is at equal images seen, the second at the seconds that `paper` needed
-for them: a faster recipe goes on, up to 3 times the images, and a slower one is scored on its way. Scores of less than
-3 % difference in images are not taken twice, and marked =.
+for them: a faster recipe goes on, up to 3 times the images, and a slower one is scored on its way. Where that is within
+3 % of the images, the score is not taken twice, and marked =.
 
 The same command goes on where a killed one stopped: scores are lines of FOLDER/results.jsonl, and runs are in
 FOLDER/runs. More seeds and variants may be added to a folder later; equal seconds then are of another hour.
@@ -34,17 +34,17 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from quality_recipes import Recipes, read_arguments
+from quality_recipes import SETTINGS, Recipes, read_arguments
+from quality_scores import Yardstick
 from quality_table import Results, curves, tables
 
 from ditcli.codecs.codec import Codec, numpy_decoder
-from ditcli.config import TrainConfig
+from ditcli.config import SamplerName, TrainConfig
 from ditcli.data.latents import Latents, open_pictures
 from ditcli.data.split import PictureSet, some_of, split_off
 from ditcli.denoisers.torch_denoiser import as_denoiser
@@ -52,10 +52,8 @@ from ditcli.devices import open_device
 from ditcli.diffusion.process import Diffusion
 from ditcli.doctor.machine import cpu_name
 from ditcli.errors import DitcliError, SettingError
-from ditcli.evaluation.features import Extractor, extractor_id
-from ditcli.evaluation.gather import gather
-from ditcli.evaluation.metrics import frechet_distance, squared_distances, squared_mmd
-from ditcli.evaluation.sides import FolderSide, spread_labels
+from ditcli.evaluation.features import extractor_id
+from ditcli.evaluation.sides import spread_labels
 from ditcli.files import write_text
 from ditcli.images import make_grid, write_png
 from ditcli.progress import progress, say, set_verbosity
@@ -73,7 +71,8 @@ SAVE_EVERY = 5  # turns
 MOST = 3  # times the images, at equal seconds
 SAME = 0.03
 CLOCK_EVERY = 10  # steps on a GPU, which would wait at each
-SAMPLER, GRID = "dpm++2m", (4, 8)
+SAMPLER: SamplerName = "dpm++2m"
+GRID = (4, 8)  # rows and columns of samples
 
 
 @dataclass
@@ -117,12 +116,14 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace, recipes: Recipes):
         self.args, self.recipes, self.out = args, recipes, Path(args.out)
+        self.extractor = choose_extractor(args.features, None)
         dataset = open_pictures(args.data, label_attr=args.label_attr)
         assert isinstance(dataset, PictureSet)
         self.training, self.held_out = split_off(some_of(dataset, args.most_pictures), SHARE_HELD_OUT)
         for part in self.training, self.held_out:
             if len(part) < 2:
                 raise DitcliError(f"{args.data} has {len(dataset)} pictures: too few to hold some of them out.")
+        self.yardstick = Yardstick(self.training, self.held_out, self.extractor, args.image_size)
         labels = self.held_out.labels
         counts = [1] if labels is None else np.bincount(labels, minlength=len(dataset.class_names))
         self.labels = spread_labels(counts, args.samples)
@@ -168,48 +169,6 @@ class Bench:
             torch.cuda.synchronize(setup.device)
         return run
 
-    @cached_property
-    def extractor(self) -> Extractor:
-        return choose_extractor(self.args.features, None)
-
-    def features_of(self, pictures: PictureSet, what: str, codec: Codec | None = None) -> np.ndarray:
-        """(N, D) of pictures as they are, or after the codec."""
-        side = FolderSide(f"{what} pictures", pictures)
-        size = self.args.image_size
-        gathered = gather(side, self.extractor, image_size=size, keep_features=True, codec=codec)[-1]
-        assert gathered.features is not None
-        return gathered.features
-
-    @cached_property
-    def real(self) -> np.ndarray:
-        return self.features_of(self.held_out, "held-out")
-
-    @cached_property
-    def known(self) -> np.ndarray:
-        return self.features_of(self.training, "training")
-
-    @cached_property
-    def usual_distance(self) -> float:
-        return nearest(self.real, self.known)
-
-    def measure(self, features: np.ndarray) -> dict[str, float]:
-        """Distances of samples to the held-out pictures."""
-        moments = [(x.mean(axis=0), np.cov(x, rowvar=False)) for x in (self.real.astype(float), features.astype(float))]
-        num = min(len(self.real), len(features))
-        kernel = squared_mmd(
-            self.real[:: max(len(self.real) // num, 1)][:num].astype(float), features[:num].astype(float)
-        )
-        return {
-            "fd": frechet_distance(*moments[0], *moments[1]),
-            "kid": kernel,
-            "nearest": nearest(features, self.known) / self.usual_distance,
-        }
-
-    def floor(self) -> dict[str, float]:
-        pictures = some_of(self.training, self.args.samples)
-        found = self.measure(self.features_of(pictures, "training", self.codec))
-        return {"fd": found["fd"], "kid": found["kid"]}
-
     def samples(self, run: Run, num: int) -> tuple[list[np.ndarray], np.ndarray]:
         """Images for the grid, and the features of all `num`."""
         denoiser = as_denoiser(run.state.drawing_network(), run.setup.model, dtype=run.setup.dtype)
@@ -236,18 +195,12 @@ class Bench:
     def score(self, run: Run) -> dict[str, float]:
         began = time.perf_counter()
         shown, features = self.samples(run, self.args.samples)
-        found = self.measure(features) | {"scoring_seconds": time.perf_counter() - began}
+        found = self.yardstick.measure(features) | {"scoring_seconds": time.perf_counter() - began}
         width = GRID[1]
         path = self.out / "samples" / f"{run.setup.run.path.name}.png"
         path.parent.mkdir(exist_ok=True)
         write_png(path, make_grid([shown[i : i + width] for i in range(0, len(shown), width)]))
         return found
-
-
-def nearest(features: np.ndarray, others: np.ndarray) -> float:
-    """Median distance to the nearest of the others."""
-    squares = [block.min(axis=1) for _, block in squared_distances(features.astype(float), others.astype(float))]
-    return float(np.median(np.sqrt(np.concatenate(squares).clip(min=0))))
 
 
 def train_seed(bench: Bench, results: Results, seed: int) -> None:
@@ -257,7 +210,7 @@ def train_seed(bench: Bench, results: Results, seed: int) -> None:
     todo = [name for name in bench.recipes if any(not results.find(name, seed, at) for at in points)]
     runs = [bench.open(name, seed) for name in todo]
     paper = next((run for run in runs if run.name == "paper"), None)
-    former = results.find("paper", seed, 1.0)
+    finished = results.find("paper", seed, 1.0)
 
     def score(run: Run, at: float | str) -> None:
         if not results.find(run.name, seed, at):
@@ -280,7 +233,7 @@ def train_seed(bench: Bench, results: Results, seed: int) -> None:
                 if run is paper:
                     train(run, min(turn / TURNS, 1.0), math.inf)
                 else:  # the others never pass the clock of paper's whole run, which comes first
-                    train(run, turn / TURNS, paper.state.seconds if paper else former["seconds"])
+                    train(run, turn / TURNS, finished["seconds"] if finished else paper.state.seconds)
             if turn % SAVE_EVERY == 0:
                 for run in runs:
                     run.save()
@@ -289,12 +242,13 @@ def train_seed(bench: Bench, results: Results, seed: int) -> None:
             if not near:
                 score(run, "seconds")
             train(run, 1.0, math.inf)
-            if near and not results.find(run.name, seed, "seconds"):
-                results.add(run.name, seed, "seconds", results.find(run.name, seed, 1.0) | {"shared": True})
+            same = results.find(run.name, seed, 1.0)
+            if near and same and not results.find(run.name, seed, "seconds"):
+                results.add(run.name, seed, "seconds", same | {"shared": True})
             run.save()
 
 
-def estimate(bench: Bench, results: Results, seconds: float, began: float) -> int:
+def estimate(bench: Bench, seconds: float, began: float) -> int:
     """The images of a run with which all of it takes about so many seconds, told before it begins."""
     args, rates = bench.args, {}
     for name in bench.recipes:
@@ -306,7 +260,7 @@ def estimate(bench: Bench, results: Results, seconds: float, began: float) -> in
         say(f"{name}: {rates[name]:.0f} images/s")
     score_began, num = time.perf_counter(), min(args.samples, 2 * args.sample_batch)
     bench.samples(run, num)
-    once = (time.perf_counter() - score_began) * args.samples / num + measuring_seconds(bench)
+    once = (time.perf_counter() - score_began) * args.samples / num + _seconds_to_measure(bench)
     scores = len(args.seeds) * (len(rates) * len(args.curve) + len(rates) - 1)
     # For each image of the budget; a faster recipe goes on at equal seconds.
     each = [max(1 / rate, min(1 / rates["paper"], MOST / rate)) for rate in rates.values()]
@@ -323,9 +277,11 @@ def estimate(bench: Bench, results: Results, seconds: float, began: float) -> in
     return images
 
 
-def measuring_seconds(bench: Bench) -> float:
+def _seconds_to_measure(bench: Bench) -> float:
+    features = bench.yardstick.known[: bench.args.samples]
+    bench.yardstick.measure(features[:2])  # which gathers all that is measured against
     began = time.perf_counter()
-    bench.measure(bench.real[: bench.args.samples])
+    bench.yardstick.measure(features)
     return time.perf_counter() - began
 
 
@@ -335,10 +291,7 @@ def slug(name: str) -> str:
 
 def check_settings(path: Path, args: argparse.Namespace, bench: Bench) -> dict[str, Any]:
     """What scores depend on besides variant and seed, which a folder keeps; SettingError for other ones."""
-    names = (
-        "data label_attr vae image_size patch_size width depth num_heads flip most_pictures samples sample_steps curve"
-    )
-    now = {name: getattr(args, name) for name in names.split()} | {"features": extractor_id(bench.extractor)}
+    now = {name: getattr(args, name) for name in SETTINGS} | {"features": extractor_id(bench.extractor)}
     if not path.is_file():
         return now
     before = json.loads(path.read_text())
@@ -364,12 +317,12 @@ def main(words: Sequence[str] | None = None) -> None:
         results = Results(bench.out / "results.jsonl", recipes)
         say(f"{len(bench.training):,} pictures to train on, {len(bench.held_out):,} held out; {bench.extractor.name}")
         if results.find("floor", 0, 1.0) is None:
-            bench.open("paper", args.seeds[0], fresh=True)  # which opens the codec
-            results.add("floor", 0, 1.0, bench.floor())
+            codec = bench.open("paper", args.seeds[0], fresh=True).setup.codec
+            results.add("floor", 0, 1.0, bench.yardstick.floor(codec, args.samples))
         if "images" not in settings:
             settings["images"] = args.images
             if args.budget_seconds is not None:
-                settings["images"] = estimate(bench, results, args.budget_seconds, began)
+                settings["images"] = estimate(bench, args.budget_seconds, began)
             write_text(settings_file, json.dumps(settings, indent=2) + "\n")
         bench.images = settings["images"]
         for seed in args.seeds:

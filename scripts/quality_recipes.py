@@ -27,15 +27,19 @@ FIXED = frozenset(
     "data out image_size vae pixels model width depth num_heads patch_size steps lr_schedule seed device precision "
     "log_every checkpoint_every keep_checkpoints sample_every sample_num sample_cfg sample_steps".split()
 )
+# What scores depend on besides the recipe, and a folder of them keeps.
+SETTINGS = (
+    *("data", "label_attr", "vae", "image_size", "flip", "most_pictures", "samples", "sample_steps", "curve"),
+    *("width", "depth", "num_heads", "patch_size"),
+)
 PAPER = TrainConfig()
 RATE = ("batch_size", "lr", "warmup_steps")
 STAND_IN = {"schedule": "flow", "beta2": 0.95, "optimizer": "muon", "batch_size": 64, "lr": 5e-4, "warmup_steps": 100}
 FAST = {key: value for key, value in PRESETS.get("fast", STAND_IN).items() if key not in FIXED}
 # Fields that make sense together alone are one ingredient; each other field of `fast` is one of its own.
-TOGETHER = {
-    "rate": RATE,
-    "flow": ("schedule", "prediction", "time_sampling", "time_shift", "direction_loss"),
-}
+TOGETHER = {"rate": RATE, "mlp": ("mlp", "mlp_ratio"), "flow": ("schedule", "prediction")}
+# What goes with an ingredient where that is left out.
+NEED = {"flow": ("time_sampling", "time_shift", "direction_loss")}
 
 
 def ingredients() -> dict[str, tuple[str, ...]]:
@@ -50,7 +54,8 @@ def variants() -> Recipes:
     """Names and recipes, as settings of `ditcli train`."""
     found = {"paper": {}, "paper, tuned rate": {f: FAST[f] for f in RATE if f in FAST}, "fast": FAST}
     for name, fields in ingredients().items():
-        found[f"fast without {name}"] = FAST | {f: getattr(PAPER, f) for f in fields}
+        without = (*fields, *(f for f in NEED.get(name, ()) if f in FAST))
+        found[f"fast without {name}"] = FAST | {f: getattr(PAPER, f) for f in without}
         found[f"paper with {name}"] = {f: FAST[f] for f in fields}
     return found
 

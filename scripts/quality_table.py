@@ -71,7 +71,7 @@ def tables(rows: Sequence[Row], images: int, about: Sequence[str]) -> str:
             text.append(f"| {' | '.join(cells)} |")
         text += [f"| floor: training pictures through the codec | {floor['fd']:.4g} | | {1000 * floor['kid']:.4g} |"
                  + " |" * 4, ""]  # fmt: skip
-    text.append("= is the score at equal images: images and seconds differ by less than 3 %.\n")
+    text.append("= is the score at equal images: within 3 % (or a batch) as many were seen in those seconds.\n")
     return "\n".join(text)
 
 
@@ -98,6 +98,7 @@ def curves(rows: Sequence[Row], path: Path, features: str) -> None:
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     floor = next(row for row in rows if row["variant"] == "floor")
     points = sorted({row["at"] for row in rows if row["at"] != "seconds"})
@@ -109,7 +110,8 @@ def curves(rows: Sequence[Row], path: Path, features: str) -> None:
         ("Frechet distance", lambda row: row["fd"]),
         ("kernel distance x 1000", lambda row: 1000 * row["kid"]),
     ]
-    for axes, (title, value) in zip(figure.subplots(1, 2), sides, strict=True):
+    left, right = figure.subplots(1, 2)
+    for axes, (title, value) in zip((left, right), sides, strict=True):
         for i, name in enumerate(names):
             color, line = colors[i % len(colors)], []
             for at in points:
@@ -125,7 +127,11 @@ def curves(rows: Sequence[Row], path: Path, features: str) -> None:
         axes.set_yscale("log", nonpositive="clip")
         axes.set_xlabel("images seen")
         axes.set_ylabel(f"{title} ({features})")
+        for axis in axes.xaxis, axes.yaxis:
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter(FuncFormatter(lambda number, place: f"{number:,g}"))
+            axis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.3, which="both")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
     with replacing(path, lasting=False) as partial:
         figure.savefig(partial, format="png")

@@ -168,6 +168,22 @@ def test_a_killed_bench_goes_on_to_the_same_scores(bench, pictures, tmp_path, mo
             run(bench, pictures, tmp_path / "killed", *words)
 
 
+def test_a_budget_that_scoring_alone_fills_is_refused(bench, pictures, tmp_path, capsys):
+    with pytest.raises(SettingError, match="left to train 2 runs: give more"):
+        run(bench, pictures, tmp_path, "--budget-seconds", "0.01")
+    assert "scores of 40 samples" in capsys.readouterr().err
+    assert not (tmp_path / "settings.json").exists()
+
+
+def test_a_budget_of_seconds_becomes_one_of_images(bench, pictures, tmp_path, monkeypatch):
+    """By a clock of 1 s a step, 100 s of a fast recipe or of a slow one are as many images of both."""
+    ticks = iter(range(10**9))
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: float(next(ticks)))
+    args, recipes = bench.read_arguments(["--data", str(pictures), "--out", str(tmp_path), *TINY], "")
+    images = bench.estimate(bench.Bench(args, recipes), 500.0, 0.0)
+    assert 500 - 60 < images / 256 + images / 20 < 500  # the rest is for opening and scoring
+
+
 def test_equal_seconds_are_those_of_paper(bench, pictures, tmp_path, monkeypatch):
     """By a clock of 1 s a step each recipe is scored at its first step after paper's last."""
     ticks = iter(range(10**9))

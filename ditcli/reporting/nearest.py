@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from ditcli.data.folders import ArrayDataset, FileDataset, ImageDataset, open_dataset
 from ditcli.data.latents import open_latents
+from ditcli.data.split import subset
 from ditcli.errors import DitcliError, SettingError
 from ditcli.evaluation.extractors import open_extractor, weights_at_hand
 from ditcli.evaluation.features import Extractor
@@ -91,12 +92,7 @@ def open_pictures(
     if not isinstance(dataset, ArrayDataset | FileDataset):
         raise DitcliError(f"{name} holds latents; the pictures that they were encoded from are not known.")
     if len(dataset) > num:
-        chosen = np.sort(np.random.default_rng(0).choice(len(dataset), num, replace=False))
-        names = [dataset.names[i] for i in chosen]
-        if isinstance(dataset, ArrayDataset):
-            dataset = replace(dataset, names=names, labels=None, images=dataset.images[chosen])
-        else:
-            dataset = replace(dataset, names=names, labels=None)
+        dataset = subset(dataset, np.sort(np.random.default_rng(0).choice(len(dataset), num, replace=False)))
     known = gather(FolderSide(name, dataset), extractor, image_size=image_size, keep_features=True)[0]
     assert known.features is not None
     readable = _readable(dataset, known.pictures.unreadable if known.pictures else ())
