@@ -34,12 +34,17 @@ SETTINGS = (
 )
 PAPER = TrainConfig()
 RATE = ("batch_size", "lr", "warmup_steps")
-STAND_IN = {"schedule": "flow", "beta2": 0.95, "optimizer": "muon", "batch_size": 64, "lr": 5e-4, "warmup_steps": 100}
+# Until there is a preset `fast`.
+STAND_IN = {
+    "schedule": "flow", "time_sampling": "logit-normal", "direction_loss": 1.0, "mlp": "swiglu", "norm": "rms",
+    "rope": True, "qk_norm": True, "beta2": 0.95, "optimizer": "muon",
+    "batch_size": 64, "lr": 5e-4, "warmup_steps": 100,
+}  # fmt: skip
 FAST = {key: value for key, value in PRESETS.get("fast", STAND_IN).items() if key not in FIXED}
 # Fields that make sense together alone are one ingredient; each other field of `fast` is one of its own.
-TOGETHER = {"rate": RATE, "mlp": ("mlp", "mlp_ratio"), "flow": ("schedule", "prediction")}
+TOGETHER = {"rate": RATE, "flow": ("schedule", "prediction")}
 # What goes with an ingredient where that is left out.
-NEED = {"flow": ("time_sampling", "time_shift", "direction_loss")}
+NEED = {"flow": ("direction_loss",)}
 
 
 def ingredients() -> dict[str, tuple[str, ...]]:
@@ -56,7 +61,8 @@ def variants() -> Recipes:
     for name, fields in ingredients().items():
         without = (*fields, *(f for f in NEED.get(name, ()) if f in FAST))
         found[f"fast without {name}"] = FAST | {f: getattr(PAPER, f) for f in without}
-        found[f"paper with {name}"] = {f: FAST[f] for f in fields}
+        if name != "rate" and not any(field in needing for field in fields for needing in NEED.values()):
+            found[f"paper with {name}"] = {f: FAST[f] for f in fields}
     return found
 
 
