@@ -47,13 +47,20 @@ def fitting_micro_batch(
 def kept_per_image(dit: DiTConfig, bytes_per_number: int, *, checkpointed: bool = False) -> int:
     """Bytes that an image's forward pass keeps for its backward pass, at 2 bytes per number with autocast.
 
-    Per token and width a block keeps 13 numbers and the MLP's hidden layer twice. The four that stay in fp32 are its
+    Per token and width a block keeps 13 numbers and the MLP's hidden layer twice, a gated one four times; queries and
+    keys once more where they are rotated, and where they are normalised. The four that stay in fp32 are its
     tokens before attention and before the MLP, each as they are and normalised. Of a stage of convolutions there are
     the skip, and the decoder's map before and after it is merged, each with and without its activation.
     """
-    block = (13 + 2 * dit.mlp_ratio) * bytes_per_number + 4 * (4 - bytes_per_number)
+    numbers = 13 + hidden_numbers(dit) + 2 * dit.rope + 2 * dit.qk_norm
+    block = numbers * bytes_per_number + 4 * (4 - bytes_per_number)
     blocks = 4 * dit.depth + block if checkpointed else dit.depth * block
     return int(dit.num_tokens * dit.width * blocks + 6 * dit.conv_numbers * bytes_per_number)
+
+
+def hidden_numbers(dit: DiTConfig) -> float:
+    """Numbers inside an MLP, per number of its input: before and after the activation, and with a gate its product."""
+    return (2 if dit.mlp == "gelu" else 4) * dit.mlp_width / dit.width
 
 
 def free_memory(device: str) -> int:
@@ -83,5 +90,5 @@ def bytes_per_image(dit: DiTConfig) -> int:
     Convolutions around it hold their skips, and at their widest four maps more.
     """
     tokens = dit.num_tokens + 2
-    widest = dit.width * (4 + max(4.0, 2 * dit.mlp_ratio))
+    widest = dit.width * (4 + max(4.0, hidden_numbers(dit)))
     return int(2 * 4 * (tokens * (widest + 2 * dit.num_heads * tokens) + 5 * dit.conv_numbers))

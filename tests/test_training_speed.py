@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import subprocess
@@ -163,13 +164,15 @@ def kept_tensors(network: DiT, dtype: torch.dtype = torch.float32, images: int =
     return sum(kept.values())
 
 
+@pytest.mark.parametrize("parts", [{}, {"mlp": "swiglu", "rope": True, "qk_norm": True}], ids=["paper", "modern"])
 @pytest.mark.parametrize(("dtype", "cast_weights"), [(torch.float32, 0), (torch.bfloat16, 2)])
-def test_what_an_image_keeps_is_foreseen(dtype, cast_weights):
-    network = DiT(WIDE)
+def test_what_an_image_keeps_is_foreseen(dtype, cast_weights, parts):
+    config = dataclasses.replace(WIDE, **parts)
+    network = DiT(config)
     matrices = sum(p.numel() for name, p in network.named_parameters() if name.startswith("blocks"))
     measured = (kept_tensors(network, dtype) - cast_weights * matrices) / 4
     # On a CPU attention in bf16 keeps the scores too.
-    assert measured < 1.1 * kept_per_image(WIDE, dtype.itemsize) < 1.5 * measured
+    assert measured < 1.1 * kept_per_image(config, dtype.itemsize) < 1.5 * measured
 
 
 def test_flops_are_those_of_the_paper():

@@ -13,7 +13,7 @@ from ditcli.training.metrics import Row
 MOST_SKIPS_IN_A_ROW = 10
 # A loss above so many times the smoothed one is told of, once that is the mean of a few.
 SPIKE, ROWS_BEFORE = 2.0, 5
-ADVICE = "Try a lower --lr, more --warmup-steps, --clip-grad 1 or --precision fp32."
+ADVICE = "Try a lower --lr, more --warmup-steps, --clip-grad 1, --qk-norm (in a new run) or --precision fp32."
 
 
 class Skips:
