@@ -20,7 +20,7 @@ from ditcli.images import read_png_metadata
 from ditcli.sampling import file_names, find_labels
 
 TINY = (
-    "--data fashion-mnist --pixels --image-size 28 --model DiT-S/4 --width 32 --depth 2 --num-heads 2 --batch-size 16 "
+    "--preset paper --data fashion-mnist --pixels --image-size 28 --model DiT-S/4 --width 32 --depth 2 --num-heads 2 --batch-size 16 "
     "--steps 6 --sample-every 0 --device cpu --precision fp32"
 ).split()
 
@@ -153,6 +153,32 @@ def test_flag_before_environment_before_file_before_preset_before_default(ditcli
     assert (seen["seed"], seen["model"]) == (1, "DiT-L/2")  # file
     assert (seen["width"], seen["steps"]) == (PRESETS["mnist"]["width"], PRESETS["mnist"]["steps"])  # preset
     assert seen["ema_decay"] == TrainConfig.ema_decay  # default
+
+
+@pytest.mark.parametrize(
+    ("words", "preset"),
+    [
+        ([], "fast"),
+        (["--preset", "paper"], "paper"),
+        (["--schedule", "flow", "--lr", "3e-4"], "fast"),
+        (["--schedule", "cosine"], "paper"),
+        (["--prediction", "v"], "paper"),
+        (["--model", "conv-dit"], "paper"),
+        (["--config", "my.toml"], "paper"),
+    ],
+)
+def test_without_a_preset_the_recipe_is_the_fast_one_where_it_fits(ditcli, place, words, preset):
+    (place / "my.toml").write_text('schedule = "linear"\n')
+    shape = ["--width", "36", "--num-heads", "3", "--depth", "2", "--device", "cpu"]
+    data = ["--data", "fashion-mnist", "--image-size", "32", *([] if "conv-dit" in words else ["--pixels"])]
+    code, out, _ = ditcli("train", *data, *shape, "--dry-run", *words)
+    assert code == 0
+    sizes = {}
+    for name in ("fast", "paper"):  # whose MLPs differ
+        code, as_named, _ = ditcli("train", *data, *shape, "--dry-run", *words, "--preset", name)
+        sizes[name] = json.loads(as_named)["parameters"] if code == 0 else None
+    assert json.loads(out)["parameters"] == sizes[preset]
+    assert sizes["fast"] != sizes["paper"]
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ from typing import Any
 
 import click
 
-from ditcli.cli.options import Command, config_options, given, load_config
-from ditcli.config import PRESETS, FindLrConfig, TrainConfig
+from ditcli.cli.options import Command, config_options, given, load_config, preset_option
+from ditcli.config import DEFAULT_PRESET, PRESETS, FindLrConfig, TrainConfig, default_preset
 
 EXAMPLES = """
 ditcli find-lr --data ./celeba --vae madebyollin/taesd --image-size 128 --model DiT-S/2
@@ -21,7 +21,7 @@ ditcli train --data ./photos --pixels --image-size 64 --batch-size 64 --lr auto
 @click.command("find-lr", cls=Command, epilog=EXAMPLES)
 @config_options(FindLrConfig)
 @config_options(TrainConfig, without=FindLrConfig.WITHOUT_EFFECT)
-@click.option("--preset", type=click.Choice(list(PRESETS)), help="A saved set of the options above.")
+@preset_option(PRESETS, default=DEFAULT_PRESET)
 @click.option(
     "--config",
     "file",
@@ -37,7 +37,7 @@ def command(preset: str | None, file: Path | None, **options: Any) -> None:
     own = {field.name for field in dataclasses.fields(FindLrConfig)}
     ramp = FindLrConfig.from_dict({name: value for name, value in given(options).items() if name in own})
     options = {name: value for name, value in options.items() if name not in own}
-    config = load_config(TrainConfig, options, presets=PRESETS, preset=preset, file=file)
+    config = load_config(TrainConfig, options, presets=PRESETS, preset=preset, file=file, default=default_preset)
     if not config.data:
         raise click.UsageError("Missing option '--data': the folder of images to train on.")
     from ditcli.progress import say

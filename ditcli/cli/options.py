@@ -135,6 +135,12 @@ def devices_option(function: Function) -> Function:
     )(function)
 
 
+def preset_option(presets: dict[str, dict[str, Any]], *, default: str = "") -> Callable[[Function], Function]:
+    """Decorate a command with `--preset`; `default` says which there is without."""
+    help = "A saved set of the options above." + (f"  [default: {default}]" if default else "")
+    return click.option("--preset", type=click.Choice(list(presets)), help=help)
+
+
 def share(devices: int | None, device: str) -> None:
     """Run the command in a process per device, and exit as they do; this returns in each of them, and without any.
 
@@ -160,10 +166,12 @@ def load_config(
     presets: dict[str, dict[str, Any]],
     preset: str | None,
     file: Path | None,
+    default: Callable[[dict[str, Any]], str] | None = None,
 ) -> AnyConfig:
-    """Flag before environment before file before preset before default."""
-    values = presets.get(preset or "", {}) | (_read(config_class, file) if file else {}) | given(options)
-    return config_class.from_dict(values)
+    """Flag before environment before file before preset before default; `default` names the preset of what is given."""
+    values = (_read(config_class, file) if file else {}) | given(options)
+    preset = preset or (default(values) if default else None)
+    return config_class.from_dict((presets[preset] if preset else {}) | values)
 
 
 def _option(field: dataclasses.Field[Any]) -> Callable[[Function], Function]:

@@ -8,8 +8,8 @@ from typing import Any
 
 import click
 
-from ditcli.cli.options import Command, config_options, devices_option, load_config, share
-from ditcli.config import PRESETS, TrainConfig
+from ditcli.cli.options import Command, config_options, devices_option, load_config, preset_option, share
+from ditcli.config import DEFAULT_PRESET, PRESETS, TrainConfig, default_preset
 
 EXAMPLES = """
 ditcli train --data ./photos --preset small
@@ -25,7 +25,7 @@ ditcli train --data ./celeba --config my.toml --lr 2e-4 --dry-run
 @click.command("train", cls=Command, epilog=EXAMPLES)
 @config_options(TrainConfig)
 @devices_option
-@click.option("--preset", type=click.Choice(list(PRESETS)), help="A saved set of the options above.")
+@preset_option(PRESETS, default=DEFAULT_PRESET)
 @click.option(
     "--config",
     "file",
@@ -42,7 +42,7 @@ def command(devices: int | None, preset: str | None, file: Path | None, dry_run:
     Several machines: torchrun --nnodes 2 --nproc-per-node 8 --rdzv-endpoint HOST:PORT -m -- ditcli train ...
     Options may also come from the environment (DITCLI_TRAIN_LR) or from a TOML file, in this order.
     """
-    config = load_config(TrainConfig, options, presets=PRESETS, preset=preset, file=file)
+    config = load_config(TrainConfig, options, presets=PRESETS, preset=preset, file=file, default=default_preset)
     if not config.data:
         raise click.UsageError("Missing option '--data': the folder of images to train on.")
     if dry_run:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ditcli.cli.options import Command, config_options, load_config
+from ditcli.cli.options import Command, config_options, load_config, preset_option
 from ditcli.config import VAE_PRESETS, TrainConfig, TrainVaeConfig
 
 EXAMPLES = """
@@ -20,7 +20,7 @@ ditcli train --data ./photos --vae runs/my-vae
 
 @click.command("train-vae", cls=Command, epilog=EXAMPLES)
 @config_options(TrainVaeConfig)
-@click.option("--preset", type=click.Choice(list(VAE_PRESETS)), help="A saved set of the options above.")
+@preset_option(VAE_PRESETS)
 @click.option(
     "--config", "file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="TOML file of options."
 )

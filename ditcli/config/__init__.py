@@ -26,13 +26,14 @@ from ditcli.config.report import ReportConfig
 from ditcli.config.sample import Backend, ExportConfig, ExportDtype, SampleConfig, SamplerName, Walk
 from ditcli.config.score import METRICS, NETWORKS, FidConfig, FidResize
 from ditcli.config.share import PushConfig
-from ditcli.config.train import DEFAULT_VAE, DEMO, PRESETS, TrainConfig
+from ditcli.config.train import DEFAULT_PRESET, DEFAULT_VAE, DEMO, PRESETS, TrainConfig, default_preset
 from ditcli.config.ui import UiConfig
 from ditcli.config.vae import TILE, VAE_PRESETS, DecodeConfig, EncodeConfig, TrainVaeConfig, VaeConfig, VaeKind
 
 __all__ = [
     "CONV_DIT",
     "CONV_WIDTHS",
+    "DEFAULT_PRESET",
     "DEFAULT_VAE",
     "DEMO",
     "DIT_SIZES",
@@ -72,6 +73,7 @@ __all__ = [
     "VaeKind",
     "Walk",
     "WhenDiskFull",
+    "default_preset",
     "option",
     "parse_model_name",
     "suggest",

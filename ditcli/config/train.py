@@ -284,6 +284,20 @@ def fitting_patch(image_size: int) -> int:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
+    # What each of these brings stands in the README's tables (scripts/bench_quality.py).
+    "fast": {
+        "mlp": "swiglu",
+        "rope": True,
+        "qk_norm": True,
+        "schedule": "flow",
+        "direction_loss": 1.0,
+        "time_sampling": "logit-normal",
+        "batch_size": 64,
+        "optimizer": "muon",
+        "lr": 1e-3,
+        "warmup_steps": 100,
+        "beta2": 0.95,
+    },
     # Half an hour on two CPU cores for 4,559 pictures: the faces of the README.
     "small": {
         "vae": "madebyollin/taesd",
@@ -331,6 +345,16 @@ PRESETS: dict[str, dict[str, Any]] = {
         "sample_steps": 20,
     },
 }  # fmt: skip
+
+
+DEFAULT_PRESET = "fast, or paper with --from, conv-dit or another diffusion"
+
+
+def default_preset(given: dict[str, Any]) -> str:
+    """`fast`, or `paper` where it does not fit what is given: a source, convolutions, or another diffusion."""
+    diffusion = given.get("schedule", "flow"), given.get("prediction", "flow")
+    fits = diffusion == ("flow", "flow") and not given.get("from") and given.get("model") != CONV_DIT
+    return "fast" if fits else "paper"
 
 
 # `ditcli demo`: what two CPU cores learn in two minutes. Predicting x0 is what makes a patch of 4 pixels sharp (arXiv
