@@ -17,7 +17,7 @@ Recipes = dict[str, dict[str, Any]]
 
 # Of every variant; what is given on the command line comes before it.
 BUDGETS: dict[str, dict[str, Any]] = {
-    "cpu": {"width": 192, "depth": 6, "num_heads": 3, "image_size": 128, "images": 60_000, "seeds": [0, 1],
+    "cpu": {"width": 128, "depth": 6, "num_heads": 2, "image_size": 128, "images": 32_000, "seeds": [0, 1],
             "curve": [0.25, 0.5, 1.0], "seconds": 3600, "sample_batch": 50},
     "gpu": {"width": 384, "depth": 12, "num_heads": 6, "image_size": 128, "images": 400_000, "seeds": [0, 1],
             "curve": [0.25, 0.5, 1.0], "seconds": 600, "sample_batch": 500},
@@ -34,17 +34,9 @@ SETTINGS = (
 )
 PAPER = TrainConfig()
 RATE = ("batch_size", "lr", "warmup_steps")
-# Until there is a preset `fast`.
-STAND_IN = {
-    "schedule": "flow", "time_sampling": "logit-normal", "direction_loss": 1.0, "mlp": "swiglu", "norm": "rms",
-    "rope": True, "qk_norm": True, "beta2": 0.95, "optimizer": "muon",
-    "batch_size": 64, "lr": 5e-4, "warmup_steps": 100,
-}  # fmt: skip
-FAST = {key: value for key, value in PRESETS.get("fast", STAND_IN).items() if key not in FIXED}
+FAST = {key: value for key, value in PRESETS["fast"].items() if key not in FIXED}
 # Fields that make sense together alone are one ingredient; each other field of `fast` is one of its own.
 TOGETHER = {"rate": RATE, "flow": ("schedule", "prediction")}
-# What goes with an ingredient where that is left out.
-NEED = {"flow": ("direction_loss",)}
 
 
 def ingredients() -> dict[str, tuple[str, ...]]:
@@ -57,12 +49,10 @@ def ingredients() -> dict[str, tuple[str, ...]]:
 
 def variants() -> Recipes:
     """Names and recipes, as settings of `ditcli train`."""
-    found = {"paper": {}, "paper, tuned rate": {f: FAST[f] for f in RATE if f in FAST}, "fast": FAST}
+    found = {"paper": {}, "fast": FAST}
     for name, fields in ingredients().items():
-        without = (*fields, *(f for f in NEED.get(name, ()) if f in FAST))
-        found[f"fast without {name}"] = FAST | {f: getattr(PAPER, f) for f in without}
-        if name != "rate" and not any(field in needing for field in fields for needing in NEED.values()):
-            found[f"paper with {name}"] = {f: FAST[f] for f in fields}
+        found[f"fast without {name}"] = FAST | {f: getattr(PAPER, f) for f in fields}
+        found[f"paper with {name}"] = {f: FAST[f] for f in fields}
     return found
 
 

@@ -20,8 +20,8 @@ from ditcli.images import read_png_metadata
 from ditcli.sampling import file_names, find_labels
 
 TINY = (
-    "--preset paper --data fashion-mnist --pixels --image-size 28 --model DiT-S/4 --width 32 --depth 2 --num-heads 2 --batch-size 16 "
-    "--steps 6 --sample-every 0 --device cpu --precision fp32"
+    "--preset paper --data fashion-mnist --pixels --image-size 28 --model DiT-S/4 --width 32 --depth 2 --num-heads 2 "
+    "--batch-size 16 --steps 6 --sample-every 0 --device cpu --precision fp32"
 ).split()
 
 
