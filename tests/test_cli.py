@@ -164,6 +164,7 @@ def test_flag_before_environment_before_file_before_preset_before_default(ditcli
         (["--schedule", "cosine"], "paper"),
         (["--prediction", "v"], "paper"),
         (["--model", "conv-dit"], "paper"),
+        (["--shard"], "paper"),
         (["--config", "my.toml"], "paper"),
     ],
 )

@@ -133,12 +133,13 @@ def words(draw: Any) -> list[str]:
     command = cli.get_command(click.Context(cli), name)
     assert command is not None
     known = [option for parameter in command.params for option in parameter.opts if option.startswith("-")]
+    words = st.text(st.characters(exclude_characters="\0"), max_size=8)  # no system passes that one on
     line = [name]
     for _ in range(draw(st.integers(0, 5))):
-        word = draw(st.sampled_from(known) | st.text(max_size=5))
+        word = draw(st.sampled_from(known) | words)
         if word not in ("-h", "--help"):
             line.append(word)
-        line += draw(st.lists(st.integers().map(str) | st.floats().map(str) | st.text(max_size=8), max_size=2))
+        line += draw(st.lists(st.integers().map(str) | st.floats().map(str) | words, max_size=2))
     nowhere = [option for option in ("--data", "--real", "--model") if option in known]
     return line + [word for option in nowhere for word in (option, "nowhere/at/all")]
 
@@ -156,7 +157,7 @@ def command_line_law(place: Path, line: list[str]) -> None:
     told = err.getvalue()
     assert "fault of ditcli" not in told, told
     if line[0] == "runs" and not stop.value.code:
-        assert "no run in" in told
+        assert "no run in" in told or {"-q", "--quiet"} & set(line)
     else:
         assert stop.value.code in (1, 2), told
         assert told.count("Error: ") >= 1

@@ -346,14 +346,14 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-DEFAULT_PRESET = "fast, or paper with --from, conv-dit or another diffusion"
+DEFAULT_PRESET = "fast, or paper with --from, --shard, conv-dit or another diffusion"
 
 
 def default_preset(given: dict[str, Any]) -> str:
-    """`fast`, or `paper` where it does not fit what is given: a source, convolutions, or another diffusion."""
+    """`fast`, or `paper` where it does not fit what is given: a source, shards, convolutions, or another diffusion."""
     diffusion = given.get("schedule", "flow"), given.get("prediction", "flow")
-    fits = diffusion == ("flow", "flow") and not given.get("from") and given.get("model") != CONV_DIT
-    return "fast" if fits else "paper"
+    other = given.get("from") or given.get("shard") or given.get("model") == CONV_DIT
+    return "paper" if other or diffusion != ("flow", "flow") else "fast"
 
 
 # `ditcli demo`: what two CPU cores learn in two minutes. Predicting x0 is what makes a patch of 4 pixels sharp (arXiv
