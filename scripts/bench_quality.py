@@ -206,8 +206,9 @@ class Bench:
 def train_seed(bench: Bench, results: Results, seed: int) -> None:
     """All runs of a seed, turn by turn, with their scores."""
     curve, images = bench.args.curve, bench.images
-    points = [*curve, "seconds"]
-    todo = [name for name in bench.recipes if any(not results.find(name, seed, at) for at in points)]
+    timed = bench.args.equal_seconds
+    points = {name: [*curve, *(["seconds"] if name in timed else [])] for name in bench.recipes}
+    todo = [name for name in bench.recipes if any(not results.find(name, seed, at) for at in points[name])]
     runs = [bench.open(name, seed) for name in todo]
     paper = next((run for run in runs if run.name == "paper"), None)
     finished = results.find("paper", seed, 1.0)
@@ -230,7 +231,7 @@ def train_seed(bench: Bench, results: Results, seed: int) -> None:
     with progress(f"training, seed {seed}: images", len(runs) * images, start=seen) as advance:
         for turn in range(1, MOST * TURNS + 1):
             for run in runs:
-                if run is paper:
+                if run is paper or run.name not in timed:
                     train(run, min(turn / TURNS, 1.0), math.inf)
                 else:  # the others never pass the clock of paper's whole run, which comes first
                     train(run, turn / TURNS, finished["seconds"] if finished else paper.state.seconds)
@@ -239,11 +240,11 @@ def train_seed(bench: Bench, results: Results, seed: int) -> None:
                     run.save()
         for run in runs:
             near = abs(run.images / images - 1) < max(SAME, run.setup.config.batch_size / images)
-            if not near:
+            if run.name in timed and not near:
                 score(run, "seconds")
             train(run, 1.0, math.inf)
             same = results.find(run.name, seed, 1.0)
-            if near and same and not results.find(run.name, seed, "seconds"):
+            if run.name in timed and near and same and not results.find(run.name, seed, "seconds"):
                 results.add(run.name, seed, "seconds", same | {"shared": True})
             run.save()
 
@@ -261,7 +262,7 @@ def estimate(bench: Bench, seconds: float, began: float) -> int:
     score_began, num = time.perf_counter(), min(args.samples, 2 * args.sample_batch)
     bench.samples(run, num)
     once = (time.perf_counter() - score_began) * args.samples / num + _seconds_to_measure(bench)
-    scores = len(args.seeds) * (len(rates) * len(args.curve) + len(rates) - 1)
+    scores = len(args.seeds) * (len(rates) * len(args.curve) + len(args.equal_seconds) - 1)
     # For each image of the budget; a faster recipe goes on at equal seconds.
     each = [max(1 / rate, min(1 / rates["paper"], MOST / rate)) for rate in rates.values()]
     left = seconds - (time.perf_counter() - began) - scores * once

@@ -105,6 +105,7 @@ def read_arguments(words: Sequence[str] | None, description: str) -> tuple[argpa
     parser.add_argument("--most-pictures", type=int, default=12_000, help="of a larger folder these, by their names")
     parser.add_argument("--seeds", type=int, nargs="+")
     parser.add_argument("--curve", type=float, nargs="+", help="shares of the images at which runs are scored")
+    parser.add_argument("--equal-seconds", nargs="+", metavar="NAME", help="recipes of the second table (default: all)")
     parser.add_argument("--variants", nargs="+", metavar="NAME", help="of " + "; ".join(known))
     parser.add_argument(
         "--add", action="append", default=[], metavar="'NAME: KEY=VALUE ...'", help="a variant of your own"
@@ -128,4 +129,6 @@ def read_arguments(words: Sequence[str] | None, description: str) -> tuple[argpa
         if name not in known:
             parser.error(f"there is no variant {name!r}: give some of {'; '.join(known)}, or --add it")
     # `paper` comes first: its clock is the others' limit.
-    return args, {name: known[name] for name in dict.fromkeys(["paper", *chosen])} | dict(map(read_variant, args.add))
+    recipes = {name: known[name] for name in dict.fromkeys(["paper", *chosen])} | dict(map(read_variant, args.add))
+    args.equal_seconds = list(dict.fromkeys(["paper", *(args.equal_seconds or recipes)]))
+    return args, recipes
