@@ -33,12 +33,7 @@ from ditcli.runs import RunDir
 from ditcli.sampling import sample
 from ditcli.sessions import open_session
 
-# With each way of conditioning something else that an export may be asked for, and the parts that came since the paper.
-PARTS = {
-    "adaln": MODERN,
-    "cross-attention": MODERN | {"norm": "rms"},
-    "in-context": MODERN,
-}
+# With each way of conditioning something else that an export may be asked for.
 CHANGES = {
     "adaln-zero": {},
     "adaln": {"opset": 20},
@@ -57,7 +52,8 @@ class Exported:
 def exported(tmp_path_factory) -> dict[str, Exported]:
     made = {}
     for conditioning, changes in CHANGES.items():
-        dit = dataclasses.replace(DIT, conditioning=conditioning, **PARTS.get(conditioning, {}))
+        parts = {} if conditioning == "adaln-zero" else MODERN
+        dit = dataclasses.replace(DIT, conditioning=conditioning, **parts)
         run = make_run(tmp_path_factory.mktemp(conditioning), dataclasses.replace(PIXELS, dit=dit))
         with pytest.MonkeyPatch.context() as patch:
             if conditioning == "in-context":

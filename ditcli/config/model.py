@@ -12,7 +12,6 @@ from ditcli.errors import SettingError
 
 Conditioning = Literal["adaln-zero", "adaln", "cross-attention", "in-context"]
 MLPKind = Literal["gelu", "swiglu"]
-Norm = Literal["layer", "rms"]
 ScheduleName = Literal["linear", "cosine", "flow"]
 Prediction = Literal["eps", "x0", "v", "flow"]
 Spacing = Literal["uniform", "quadratic", "karras", "leading", "trailing"]
@@ -28,7 +27,7 @@ CONV_DIT, CONV_WIDTHS = "conv-dit", (64, 128, 4)
 class DiTConfig(Config):
     """The shape of a Diffusion Transformer; `input_size` is the (height, width) of its input.
 
-    `mlp`, `norm`, `rope` (rotary beside fixed positions) and `qk_norm` are parts that have changed since the paper.
+    `mlp`, `rope` (rotary beside fixed positions) and `qk_norm` are parts that have changed since the paper.
 
     `conv_widths` are the channels of the strided convolutions around it, each of which halves height and width; none
     of them is a plain DiT.
@@ -49,7 +48,6 @@ class DiTConfig(Config):
     num_classes: int = 1000
     conditioning: Conditioning = "adaln-zero"
     mlp: MLPKind = "gelu"
-    norm: Norm = "layer"
     rope: bool = False
     qk_norm: bool = False
     conv_widths: tuple[int, ...] = ()
@@ -60,7 +58,6 @@ class DiTConfig(Config):
         self._check_types()
         self._check("conditioning", self.conditioning in get_args(Conditioning), f"one of {get_args(Conditioning)}")
         self._check("mlp", self.mlp in get_args(MLPKind), f"one of {get_args(MLPKind)}")
-        self._check("norm", self.norm in get_args(Norm), f"one of {get_args(Norm)}")
         self._check_at_least(1, "in_channels", "out_channels", "patch_size", "width", "depth", "num_heads")
         self._check_at_least(1, "frequency_divisor")
         self._check("mlp_norm_eps", self.mlp_norm_eps > 0, "positive")

@@ -13,7 +13,6 @@ from ditcli.config.model import (
     DiffusionConfig,
     DiTConfig,
     MLPKind,
-    Norm,
     Prediction,
     ScheduleName,
     parse_model_name,
@@ -65,7 +64,6 @@ class TrainConfig(Config):
     mlp: MLPKind = option(
         None, "The blocks' MLP; swiglu is gated, at equal parameters.  [default: gelu]", choices=MLPKind
     )
-    norm: Norm = option(None, "The blocks' normalisation: LayerNorm or RMSNorm.  [default: layer]", choices=Norm)
     rope: bool = option(None, "Rotate queries and keys by their position (2-D RoPE).  [default: no-rope]")
     qk_norm: bool = option(None, "Normalise queries and keys.  [default: no-qk-norm]")
 
@@ -79,10 +77,6 @@ class TrainConfig(Config):
         "Learn the variance of the reverse process too.  [default: with --prediction eps and --loss mse, for a DiT]",
     )
     loss: Loss = option("mse", "Distance between prediction and target.", choices=Loss)
-    direction_loss: float = option(0.0, "With --schedule flow: weight of the angle between velocities; 1 is usual.")
-    min_snr: float = option(
-        0.0, "Weigh the loss by min(SNR, this) over SNR, with --prediction eps; 0 weighs all alike."
-    )
     time_sampling: TimeSampling = option(
         "uniform", "How times of training are drawn; logit-normal prefers the middle.", choices=TimeSampling
     )
@@ -160,7 +154,6 @@ class TrainConfig(Config):
         "mlp_ratio": 4.0,
         "conditioning": "adaln-zero",
         "mlp": "gelu",
-        "norm": "layer",
         "rope": False,
         "qk_norm": False,
         "schedule": "linear",
@@ -193,7 +186,6 @@ class TrainConfig(Config):
                     self._check(f.name, getattr(self, f.name) == f.default, "left out without --eval-every")
         elif self.eval_features not in NETWORKS:
             self._check("eval_weights", self.eval_weights is None, f"left out with {self.eval_features}")
-        self._check_at_least(0, "direction_loss", "min_snr")
         self._check("time_shift", self.time_shift > 0, "positive")
         self._check("label_dropout", 0 <= self.label_dropout < 1, "at least 0 and less than 1")
         if self.pixels and self.vae is not None:
@@ -219,11 +211,7 @@ class TrainConfig(Config):
             stride = shape["patch_size"] * 2 ** len(shape["conv_widths"])
             doubled = ", doubled by each of conv-widths" if self.is_conv else ""
             self._check("image_size", self.image_size % stride == 0, f"a multiple of {stride}, the patch size{doubled}")
-        diffusion = self.diffusion()
-        if diffusion.schedule != "flow":
-            self._check("direction_loss", not self.direction_loss, "0 but with --schedule flow")
-        if diffusion.prediction != "eps":
-            self._check("min_snr", not self.min_snr, "0 but with --prediction eps")
+        self.diffusion()
 
     def _read_lr(self) -> None:
         """A number that came as text, as from the command line."""
@@ -269,7 +257,6 @@ class TrainConfig(Config):
             num_classes=num_classes,
             conditioning=self.conditioning,
             mlp=self.mlp,
-            norm=self.norm,
             rope=self.rope,
             qk_norm=self.qk_norm,
             **self.model_shape(),

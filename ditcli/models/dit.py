@@ -105,12 +105,6 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(labels)  # (N, D)
 
 
-def make_norm(config: DiTConfig, *, affine: bool, eps: float = 1e-6) -> nn.Module:
-    """LayerNorm, or RMSNorm (arXiv 1910.07467)."""
-    kind = nn.RMSNorm if config.norm == "rms" else nn.LayerNorm
-    return kind(config.width, elementwise_affine=affine, eps=eps)
-
-
 def make_qk_norm(config: DiTConfig) -> nn.Module:
     """LayerNorm of queries or keys (arXiv 2302.05442, section 2), or nothing."""
     return nn.LayerNorm(config.width // config.num_heads, eps=1e-6, bias=False) if config.qk_norm else nn.Identity()
@@ -191,9 +185,9 @@ class AdaLNZeroBlock(nn.Module):
 
     def __init__(self, config: DiTConfig):
         super().__init__()
-        self.norm1 = make_norm(config, affine=False)
+        self.norm1 = nn.LayerNorm(config.width, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(config)
-        self.norm2 = make_norm(config, affine=False, eps=config.mlp_norm_eps)
+        self.norm2 = nn.LayerNorm(config.width, elementwise_affine=False, eps=config.mlp_norm_eps)
         self.mlp = make_mlp(config)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.width, 6 * config.width))
 
@@ -209,9 +203,9 @@ class AdaLNBlock(nn.Module):
 
     def __init__(self, config: DiTConfig):
         super().__init__()
-        self.norm1 = make_norm(config, affine=False)
+        self.norm1 = nn.LayerNorm(config.width, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(config)
-        self.norm2 = make_norm(config, affine=False, eps=config.mlp_norm_eps)
+        self.norm2 = nn.LayerNorm(config.width, elementwise_affine=False, eps=config.mlp_norm_eps)
         self.mlp = make_mlp(config)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.width, 4 * config.width))
 
@@ -227,11 +221,11 @@ class CrossAttentionBlock(nn.Module):
 
     def __init__(self, config: DiTConfig):
         super().__init__()
-        self.norm1 = make_norm(config, affine=True)
+        self.norm1 = nn.LayerNorm(config.width, eps=1e-6)
         self.attn = Attention(config)
-        self.norm2 = make_norm(config, affine=True)
+        self.norm2 = nn.LayerNorm(config.width, eps=1e-6)
         self.cross_attn = CrossAttention(config)
-        self.norm3 = make_norm(config, affine=True, eps=config.mlp_norm_eps)
+        self.norm3 = nn.LayerNorm(config.width, eps=config.mlp_norm_eps)
         self.mlp = make_mlp(config)
 
     def forward(self, x: Tensor, c: Tensor, tokens: Tensor, rotation: Tensor) -> Tensor:
@@ -246,9 +240,9 @@ class InContextBlock(nn.Module):
 
     def __init__(self, config: DiTConfig):
         super().__init__()
-        self.norm1 = make_norm(config, affine=True)
+        self.norm1 = nn.LayerNorm(config.width, eps=1e-6)
         self.attn = Attention(config)
-        self.norm2 = make_norm(config, affine=True, eps=config.mlp_norm_eps)
+        self.norm2 = nn.LayerNorm(config.width, eps=config.mlp_norm_eps)
         self.mlp = make_mlp(config)
 
     def forward(self, x: Tensor, c: Tensor, tokens: Tensor, rotation: Tensor) -> Tensor:
@@ -260,7 +254,7 @@ class InContextBlock(nn.Module):
 class AdaLNFinalLayer(nn.Module):
     def __init__(self, config: DiTConfig):
         super().__init__()
-        self.norm_final = make_norm(config, affine=False)
+        self.norm_final = nn.LayerNorm(config.width, elementwise_affine=False, eps=1e-6)
         self.linear = nn.Linear(config.width, config.patch_size**2 * config.out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.width, 2 * config.width))
 
@@ -272,7 +266,7 @@ class AdaLNFinalLayer(nn.Module):
 class FinalLayer(nn.Module):
     def __init__(self, config: DiTConfig):
         super().__init__()
-        self.norm_final = make_norm(config, affine=True)
+        self.norm_final = nn.LayerNorm(config.width, eps=1e-6)
         self.linear = nn.Linear(config.width, config.patch_size**2 * config.out_channels)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:

@@ -54,9 +54,9 @@ def _dit(weights: Weights, config: DiTConfig, x: Array, t: Array, labels: Array)
     x = x[:, -height * width :]  # (N, T, D)
     if conditioning.startswith("adaln"):
         shift, scale = jnp.split(_linear(weights, "final_layer.adaLN_modulation.1", c), 2, axis=1)
-        x = _modulate(_norm(config, x), shift, scale)
+        x = _modulate(_norm(x), shift, scale)
     else:
-        x = _scaled_norm(weights, "final_layer.norm_final", config, x)
+        x = _scaled_norm(weights, "final_layer.norm_final", x)
     x = _linear(weights, "final_layer.linear", x).reshape(-1, height, width, p, p, _out_channels(config))
     return x.transpose(0, 5, 1, 3, 2, 4).reshape(len(x), -1, height * p, width * p)  # (N, C, H, W)
 
@@ -73,20 +73,20 @@ def _block(
         return _mlp(weights, f"{name}.mlp", config, x)
 
     def norm(part: str, x: Array, eps: float = 1e-6) -> Array:
-        return _scaled_norm(weights, f"{name}.{part}", config, x, eps)
+        return _scaled_norm(weights, f"{name}.{part}", x, eps)
 
     mlp_eps = config.mlp_norm_eps
     match config.conditioning:
         case "adaln-zero":
             parts = jnp.split(_linear(weights, f"{name}.adaLN_modulation.1", c), 6, axis=1)  # (N, D) each
             shift1, scale1, gate1, shift2, scale2, gate2 = parts
-            x = x + gate1[:, None] * attend(_modulate(_norm(config, x), shift1, scale1))
-            return x + gate2[:, None] * mlp(_modulate(_norm(config, x, mlp_eps), shift2, scale2))
+            x = x + gate1[:, None] * attend(_modulate(_norm(x), shift1, scale1))
+            return x + gate2[:, None] * mlp(_modulate(_norm(x, mlp_eps), shift2, scale2))
         case "adaln":
             parts = jnp.split(_linear(weights, f"{name}.adaLN_modulation.1", c), 4, axis=1)
             shift1, scale1, shift2, scale2 = parts
-            x = x + attend(_modulate(_norm(config, x), shift1, scale1))
-            return x + mlp(_modulate(_norm(config, x, mlp_eps), shift2, scale2))
+            x = x + attend(_modulate(_norm(x), shift1, scale1))
+            return x + mlp(_modulate(_norm(x, mlp_eps), shift2, scale2))
         case "cross-attention":
             x = x + attend(norm("norm1", x))
             x = x + _attend_to(weights, f"{name}.cross_attn", config, norm("norm2", x), tokens)
@@ -115,7 +115,7 @@ def _normed(weights: Weights, name: str, config: DiTConfig, q: Array, k: Array) 
     """Queries and keys (N, T, heads, d), normalised where the config has it so."""
     if not config.qk_norm:
         return q, k
-    return tuple(_layer_norm(x, 1e-6) * weights[f"{name}.{part}_norm.weight"] for x, part in ((q, "q"), (k, "k")))
+    return tuple(_norm(x) * weights[f"{name}.{part}_norm.weight"] for x, part in ((q, "q"), (k, "k")))
 
 
 def _mlp(weights: Weights, name: str, config: DiTConfig, x: Array) -> Array:
@@ -175,19 +175,12 @@ def _linear(weights: Weights, name: str, x: Array) -> Array:
     return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
 
 
-def _norm(config: DiTConfig, x: Array, eps: float = 1e-6) -> Array:
-    if config.norm == "rms":
-        return x * lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + eps)
-    return _layer_norm(x, eps)
-
-
-def _layer_norm(x: Array, eps: float) -> Array:
+def _norm(x: Array, eps: float = 1e-6) -> Array:
     return (x - x.mean(axis=-1, keepdims=True)) * lax.rsqrt(x.var(axis=-1, keepdims=True) + eps)
 
 
-def _scaled_norm(weights: Weights, name: str, config: DiTConfig, x: Array, eps: float = 1e-6) -> Array:
-    normed = _norm(config, x, eps) * weights[f"{name}.weight"]
-    return normed if config.norm == "rms" else normed + weights[f"{name}.bias"]
+def _scaled_norm(weights: Weights, name: str, x: Array, eps: float = 1e-6) -> Array:
+    return _norm(x, eps) * weights[f"{name}.weight"] + weights[f"{name}.bias"]
 
 
 def _modulate(x: Array, shift: Array, scale: Array) -> Array:

@@ -51,7 +51,7 @@ def settle(config: TrainConfig, source: Source) -> TrainConfig:
         name: getattr(dit, name)
         for name in ("depth", "width", "num_heads", "patch_size", "mlp_ratio", "conditioning", "conv_widths")
     }
-    theirs |= {name: getattr(dit, name) for name in ("mlp", "norm", "rope", "qk_norm")}
+    theirs |= {name: getattr(dit, name) for name in ("mlp", "rope", "qk_norm")}
     theirs |= {name: getattr(diffusion, name) for name in ("schedule", "num_timesteps", "prediction", "learn_sigma")}
     given = {name: getattr(config, name) for name in theirs} | (config.model_shape() if config.model else {})
     clashes = [

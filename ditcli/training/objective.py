@@ -7,12 +7,11 @@ from functools import cache
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ditcli.config import TrainConfig
+from ditcli.config import Loss
 from ditcli.devices import place
-from ditcli.diffusion.process import Diffusion, like
+from ditcli.diffusion.process import Diffusion
 from ditcli.diffusion.schedule import Schedule
 from ditcli.diffusion.variational import Chain, variational_bound
 from ditcli.training.batches import Batch
@@ -21,7 +20,7 @@ from ditcli.training.metrics import NOISE_LEVELS
 Network = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def diffusion_loss(network: Network, diffusion: Diffusion, batch: Batch, config: TrainConfig) -> Tensor:
+def diffusion_loss(network: Network, diffusion: Diffusion, batch: Batch, loss: Loss) -> Tensor:
     """Loss of each image, (N,), in float32; `network` takes (x_t, network time, labels)."""
     x0, eps, t = batch.x0, batch.eps, batch.t
     x_t = diffusion.add_noise(x0, eps, t)
@@ -30,29 +29,13 @@ def diffusion_loss(network: Network, diffusion: Diffusion, batch: Batch, config:
 
     channels = x0.shape[1]
     error = output[:, :channels] - diffusion.target(x0, eps, t)
-    distance = (error.square() if config.loss == "mse" else error.abs()).mean(dim=(1, 2, 3))
-    if config.min_snr:
-        distance = distance * like(min_snr_weight(diffusion.schedule, t, config.min_snr), distance)
-    if config.direction_loss:
-        distance = distance + config.direction_loss * direction_loss(diffusion, output, batch, x_t)
+    distance = (error.square() if loss == "mse" else error.abs()).mean(dim=(1, 2, 3))
     if not diffusion.config.learn_sigma:
         return distance
     predicted_x0, _ = diffusion.split(output.detach(), x_t, t)
     chain = _full_chain(diffusion.schedule)
     step = np.rint(t * len(chain.times)).astype(np.int64) - 1
     return distance + variational_bound(chain, step, x0, x_t, predicted_x0, output[:, channels:])
-
-
-def min_snr_weight(schedule: Schedule, t: np.ndarray, most: float) -> np.ndarray:
-    """Of the error of the noise, (N,): min(SNR, most) / SNR with SNR = (alpha / sigma)^2 (arXiv 2303.09556, eq. 5)."""
-    snr = (schedule.alpha(t) / schedule.sigma(t)) ** 2
-    return np.minimum(snr, most) / snr
-
-
-def direction_loss(diffusion: Diffusion, output: Tensor, batch: Batch, x_t: Tensor) -> Tensor:
-    """1 - cos of the angle between the velocities' channels, mean over the pixels, (N,) (arXiv 2501.01423, sec. 4)."""
-    x0, eps = diffusion.split(output, x_t, batch.t)
-    return 1 - F.cosine_similarity(eps - x0, batch.eps - batch.x0, dim=1).mean(dim=(1, 2))
 
 
 def by_noise_level(losses: Tensor, t: np.ndarray) -> Tensor:

@@ -106,7 +106,7 @@ class Steps:
         for batch in micro_batches:
             with exchange_after(self.network, last=batch is micro_batches[-1]):
                 with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.setup.dtype == torch.bfloat16):
-                    losses = diffusion_loss(self.network, self.diffusion, batch, config)
+                    losses = diffusion_loss(self.network, self.diffusion, batch, config.loss)
                 # Of several processes the mean of their gradients is taken.
                 (losses.sum() * (processes.num / config.batch_size)).backward()
             measured += by_noise_level(losses.detach(), batch.t) * (len(losses) / config.batch_size)
