@@ -239,7 +239,13 @@ def train_seed(bench: Bench, results: Results, seed: int) -> None:
                 for run in runs:
                     run.save()
         for run in runs:
+            limit = paper.state.seconds if paper else finished["seconds"]
             near = abs(run.images / images - 1) < max(SAME, run.setup.config.batch_size / images)
+            late = run.state.seconds - limit > 2 * CLOCK_EVERY * run.state.seconds / run.state.step
+            if run.name in timed and late and not results.find(run.name, seed, "seconds"):
+                raise SettingError(
+                    f"{run.setup.run.path} is past the seconds of paper: it cannot be scored at them now."
+                )
             if run.name in timed and not near:
                 score(run, "seconds")
             train(run, 1.0, math.inf)

@@ -30,7 +30,7 @@ FIXED = frozenset(
 # What scores depend on besides the recipe, and a folder of them keeps.
 SETTINGS = (
     *("data", "label_attr", "vae", "image_size", "flip", "most_pictures", "samples", "sample_steps", "curve"),
-    *("width", "depth", "num_heads", "patch_size"),
+    *("width", "depth", "num_heads", "patch_size", "device", "precision"),
 )
 PAPER = TrainConfig()
 RATE = ("batch_size", "lr", "warmup_steps")

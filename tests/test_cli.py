@@ -162,8 +162,10 @@ def test_flag_before_environment_before_file_before_preset_before_default(ditcli
         (["--preset", "paper"], "paper"),
         (["--schedule", "flow", "--lr", "3e-4"], "fast"),
         (["--schedule", "cosine"], "paper"),
-        (["--prediction", "v"], "paper"),
-        (["--model", "conv-dit"], "paper"),
+        (["--prediction", "eps"], "paper"),
+        (["--prediction", "x0"], "fast"),
+        (["--num-timesteps", "500"], "paper"),
+        (["--model", "Conv-DiT"], "paper"),
         (["--shard"], "paper"),
         (["--config", "my.toml"], "paper"),
     ],
@@ -171,7 +173,7 @@ def test_flag_before_environment_before_file_before_preset_before_default(ditcli
 def test_without_a_preset_the_recipe_is_the_fast_one_where_it_fits(ditcli, place, words, preset):
     (place / "my.toml").write_text('schedule = "linear"\n')
     shape = ["--width", "36", "--num-heads", "3", "--depth", "2", "--device", "cpu"]
-    data = ["--data", "fashion-mnist", "--image-size", "32", *([] if "conv-dit" in words else ["--pixels"])]
+    data = ["--data", "fashion-mnist", "--image-size", "32", *([] if "Conv-DiT" in words else ["--pixels"])]
     code, out, _ = ditcli("train", *data, *shape, "--dry-run", *words)
     assert code == 0
     sizes = {}

@@ -52,7 +52,7 @@ class Exported:
 def exported(tmp_path_factory) -> dict[str, Exported]:
     made = {}
     for conditioning, changes in CHANGES.items():
-        parts = {} if conditioning == "adaln-zero" else MODERN
+        parts = {} if conditioning == "adaln" else MODERN
         dit = dataclasses.replace(DIT, conditioning=conditioning, **parts)
         run = make_run(tmp_path_factory.mktemp(conditioning), dataclasses.replace(PIXELS, dit=dit))
         with pytest.MonkeyPatch.context() as patch:

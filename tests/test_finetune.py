@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from test_dit import MODERN
 
 from ditcli.config import SampleConfig, TrainConfig
 from ditcli.errors import CheckpointError, ModelNotFoundError, SettingError
@@ -211,13 +212,14 @@ def random_network(config) -> DiT:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("parts", [{}, MODERN], ids=["paper", "modern"])
 @pytest.mark.parametrize("conditioning", ["adaln-zero", "cross-attention"])
-def test_fresh_adapters_change_nothing_and_merged_ones_equal_applied_ones(conditioning):
+def test_fresh_adapters_change_nothing_and_merged_ones_equal_applied_ones(conditioning, parts):
     from ditcli.config import DiTConfig
 
     config = DiTConfig(
         input_size=(8, 8), in_channels=3, out_channels=3, width=32, depth=2, num_heads=2, num_classes=3,
-        conditioning=conditioning,
+        conditioning=conditioning, **parts,
     )  # fmt: skip
     network, adapted = random_network(config), random_network(config)
     add_adapters(adapted, 4)

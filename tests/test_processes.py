@@ -101,7 +101,13 @@ def start(folder: Path, *module: str) -> subprocess.Popen[str]:
 
 
 def train_words(folder: Path, pictures: Path, **changes) -> list[str]:
-    return ["ditcli", "train", *words(TINY | {"data": str(pictures), "out": str(folder / "run")} | changes)]
+    return [
+        "ditcli",
+        "train",
+        "--preset",
+        "paper",
+        *words(TINY | {"data": str(pictures), "out": str(folder / "run")} | changes),
+    ]
 
 
 def train_together(folder: Path, pictures: Path, **changes) -> tuple[RunDir, str]:
@@ -164,7 +170,7 @@ def test_sharded_weights_train_as_whole_ones_from_a_checkpoint_and_to_one(alone,
 @pytest.mark.parametrize("conditioning", ["adaln-zero", "cross-attention"])  # the latter has weights in its norms
 def test_sharded_weights_train_in_bf16_as_whole_ones(pictures, tmp_path, conditioning):
     settings = {"batch_size": 16, "steps": 3, "sample_every": 0, "precision": "bf16", "conditioning": conditioning}
-    settings["micro_batch"] = 4
+    settings |= {"micro_batch": 4, "mlp": "swiglu", "rope": True}
     whole = train_alone(tmp_path / "whole", pictures, **settings)
     run, _ = train_together(tmp_path, pictures, shard=True, **settings)
     losses = [[row.loss for row in read_metrics(each.metrics_file)] for each in (run, whole)]

@@ -55,7 +55,7 @@ def start(
         for key, value in options.items()
     ]
     return subprocess.Popen(
-        [sys.executable, "-m", "ditcli", "train", *words],
+        [sys.executable, "-m", "ditcli", "train", "--preset", "paper", *words],
         env=os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {}),
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,

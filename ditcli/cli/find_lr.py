@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from ditcli.cli.options import Command, config_options, given, load_config, preset_option
-from ditcli.config import DEFAULT_PRESET, PRESETS, FindLrConfig, TrainConfig, default_preset
+from ditcli.config import PRESETS, FindLrConfig, TrainConfig, default_preset
 
 EXAMPLES = """
 ditcli find-lr --data ./celeba --vae madebyollin/taesd --image-size 128 --model DiT-S/2
@@ -21,7 +21,7 @@ ditcli train --data ./photos --pixels --image-size 64 --batch-size 64 --lr auto
 @click.command("find-lr", cls=Command, epilog=EXAMPLES)
 @config_options(FindLrConfig)
 @config_options(TrainConfig, without=FindLrConfig.WITHOUT_EFFECT)
-@preset_option(PRESETS, default=DEFAULT_PRESET)
+@preset_option(PRESETS, default="as of ditcli train")
 @click.option(
     "--config",
     "file",

@@ -17,7 +17,7 @@ import ditcli
 from ditcli import processes
 from ditcli.config import Config, suggest
 from ditcli.errors import SettingError
-from ditcli.progress import say_more, set_verbosity
+from ditcli.progress import say, say_more, set_verbosity
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -141,6 +141,12 @@ def preset_option(presets: dict[str, dict[str, Any]], *, default: str = "") -> C
     return click.option("--preset", type=click.Choice(list(presets)), help=help)
 
 
+def words_of(values: dict[str, Any]) -> str:
+    """Settings as one would give them: ``--rope --lr 0.002``."""
+    names = {name: f"--{name.replace('_', '-')}" for name in values}
+    return " ".join(names[name] if value is True else f"{names[name]} {value}" for name, value in values.items())
+
+
 def share(devices: int | None, device: str) -> None:
     """Run the command in a process per device, and exit as they do; this returns in each of them, and without any.
 
@@ -170,7 +176,10 @@ def load_config(
 ) -> AnyConfig:
     """Flag before environment before file before preset before default; `default` names the preset of what is given."""
     values = (_read(config_class, file) if file else {}) | given(options)
-    preset = preset or (default(values) if default else None)
+    if default and not preset:
+        preset = default(values)
+        if not processes.started():
+            say(f"Recipe: --preset {preset}, since none was given.")
     return config_class.from_dict((presets[preset] if preset else {}) | values)
 
 
@@ -201,7 +210,7 @@ def _read(config_class: type[Config], file: Path) -> dict[str, Any]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SettingError(f"{file} is not TOML: {error}") from error
     values = {key.replace("-", "_"): value for key, value in values.items()}
-    known = [field.name for field in dataclasses.fields(config_class)]  # type: ignore[arg-type]
+    known = [field.name.rstrip("_") for field in dataclasses.fields(config_class)]  # type: ignore[arg-type]
     for key in values:
         if key not in known:
             raise SettingError(f"{file} has an unknown setting {key!r}.{suggest(key, known)}")

@@ -8,8 +8,8 @@ from typing import Any
 
 import click
 
-from ditcli.cli.options import Command, config_options, devices_option, load_config, preset_option, share
-from ditcli.config import DEFAULT_PRESET, PRESETS, TrainConfig, default_preset
+from ditcli.cli.options import Command, config_options, devices_option, load_config, preset_option, share, words_of
+from ditcli.config import PRESETS, TrainConfig, default_preset
 
 EXAMPLES = """
 ditcli train --data ./photos --preset small
@@ -17,7 +17,7 @@ ditcli train --data ./celeba --vae madebyollin/taesd --image-size 128 --model Di
 ditcli train --data ./photos --pixels --image-size 64 --model DiT-S/4 --steps 20000
 ditcli train --data ./mnist --preset mnist
 ditcli train --data ./dogs --from facebook/DiT-XL-2-256 --lora-rank 8 --micro-batch 4
-ditcli train --data ./imagenet --model DiT-XL/2 --devices 8
+ditcli train --data ./imagenet --model DiT-XL/2 --preset paper --devices 8
 ditcli train --data ./celeba --config my.toml --lr 2e-4 --dry-run
 """
 
@@ -25,7 +25,9 @@ ditcli train --data ./celeba --config my.toml --lr 2e-4 --dry-run
 @click.command("train", cls=Command, epilog=EXAMPLES)
 @config_options(TrainConfig)
 @devices_option
-@preset_option(PRESETS, default=DEFAULT_PRESET)
+@preset_option(
+    PRESETS, default=f"fast: {words_of(PRESETS['fast'])}; with --from, --shard, conv-dit or another diffusion paper"
+)
 @click.option(
     "--config",
     "file",
@@ -39,6 +41,7 @@ def command(devices: int | None, preset: str | None, file: Path | None, dry_run:
 
     Understood: the CelebA layout, class subfolders, metadata.jsonl or metadata.csv with file_name and label, MNIST idx
     files, and a flat folder without labels. Latents are encoded once and cached. To resume, run the same command again.
+    The defaults below are the paper's; without --preset those of fast come first (see there).
     Several machines: torchrun --nnodes 2 --nproc-per-node 8 --rdzv-endpoint HOST:PORT -m -- ditcli train ...
     Options may also come from the environment (DITCLI_TRAIN_LR) or from a TOML file, in this order.
     """

@@ -26,14 +26,13 @@ from ditcli.config.report import ReportConfig
 from ditcli.config.sample import Backend, ExportConfig, ExportDtype, SampleConfig, SamplerName, Walk
 from ditcli.config.score import METRICS, NETWORKS, FidConfig, FidResize
 from ditcli.config.share import PushConfig
-from ditcli.config.train import DEFAULT_PRESET, DEFAULT_VAE, DEMO, PRESETS, TrainConfig, default_preset
+from ditcli.config.train import DEFAULT_VAE, DEMO, PRESETS, TrainConfig, default_preset
 from ditcli.config.ui import UiConfig
 from ditcli.config.vae import TILE, VAE_PRESETS, DecodeConfig, EncodeConfig, TrainVaeConfig, VaeConfig, VaeKind
 
 __all__ = [
     "CONV_DIT",
     "CONV_WIDTHS",
-    "DEFAULT_PRESET",
     "DEFAULT_VAE",
     "DEMO",
     "DIT_SIZES",

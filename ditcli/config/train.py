@@ -80,7 +80,6 @@ class TrainConfig(Config):
     time_sampling: TimeSampling = option(
         "uniform", "How times of training are drawn; logit-normal prefers the middle.", choices=TimeSampling
     )
-    time_shift: float = option(1.0, "Shift times of training toward noise; 3 suits 1024 pixels.")
     label_dropout: float = option(0.1, "Chance that a label is replaced by the null class, for guidance.")
 
     steps: int = option(400_000, "Optimiser steps in all.")
@@ -186,7 +185,6 @@ class TrainConfig(Config):
                     self._check(f.name, getattr(self, f.name) == f.default, "left out without --eval-every")
         elif self.eval_features not in NETWORKS:
             self._check("eval_weights", self.eval_weights is None, f"left out with {self.eval_features}")
-        self._check("time_shift", self.time_shift > 0, "positive")
         self._check("label_dropout", 0 <= self.label_dropout < 1, "at least 0 and less than 1")
         if self.pixels and self.vae is not None:
             raise SettingError(f"pixels and vae {self.vae!r} exclude each other: give one of them.")
@@ -271,7 +269,8 @@ def fitting_patch(image_size: int) -> int:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
-    # What each of these brings stands in the README's tables (scripts/bench_quality.py).
+    # Measured with 2 M parameters (README, scripts/bench_quality.py); DiT-S/2 is as calm at this rate, larger ones are
+    # untried.
     "fast": {
         "mlp": "swiglu",
         "rope": True,
@@ -333,14 +332,13 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-DEFAULT_PRESET = "fast, or paper with --from, --shard, conv-dit or another diffusion"
-
-
 def default_preset(given: dict[str, Any]) -> str:
     """`fast`, or `paper` where it does not fit what is given: a source, shards, convolutions, or another diffusion."""
-    diffusion = given.get("schedule", "flow"), given.get("prediction", "flow")
-    other = given.get("from") or given.get("shard") or given.get("model") == CONV_DIT
-    return "paper" if other or diffusion != ("flow", "flow") else "fast"
+    discrete = ("num_timesteps", "learn_sigma")  # of the flow schedule there are none
+    other_diffusion = given.get("schedule", "flow") != "flow" or given.get("prediction") == "eps"
+    convolutions = str(given.get("model")).lower() == CONV_DIT
+    others = (given.get(name) for name in ("from", "shard", *discrete))
+    return "paper" if other_diffusion or convolutions or any(others) else "fast"
 
 
 # `ditcli demo`: what two CPU cores learn in two minutes. Predicting x0 is what makes a patch of 4 pixels sharp (arXiv

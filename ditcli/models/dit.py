@@ -45,7 +45,7 @@ def _sincos(positions: Tensor, omega: Tensor) -> Tensor:
 
 
 def rotations(height: int, width: int, dim: int, device: torch.device) -> Tensor:
-    """Rotary positions in 2-D (arXiv 2403.13298, eqs. 5 and 12): cosines and sines, (2, height * width, dim / 2).
+    """Rotary positions in 2-D (the axial ones of arXiv 2403.13298): cosines and sines, (2, height * width, dim / 2).
 
     Of the dim / 2 pairs of a head's numbers one half turns with the row and the other with the column.
     """
@@ -274,8 +274,8 @@ class FinalLayer(nn.Module):
 
 
 def prepend(tokens: Tensor, x: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
-    unturned = torch.stack([rotation.new_ones(2, rotation.shape[2]), rotation.new_zeros(2, rotation.shape[2])])
-    return torch.cat([tokens, x], dim=1), torch.cat([unturned, rotation], dim=1)  # (N, 2 + T, D), (2, 2 + T, d/2)
+    none = torch.stack([rotation.new_ones(2, rotation.shape[2]), rotation.new_zeros(2, rotation.shape[2])])
+    return torch.cat([tokens, x], dim=1), torch.cat([none, rotation], dim=1)  # (N, 2 + T, D), (2, 2 + T, d/2)
 
 
 def leave(tokens: Tensor, x: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:

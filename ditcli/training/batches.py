@@ -86,11 +86,12 @@ class Batches:
         return Batch(x0, eps, place(labels, self.device), t[self.part])
 
     def _times(self, rng: np.random.Generator, num: int) -> np.ndarray:
-        """As in Stable Diffusion 3 (arXiv 2403.03206): eq. 19 for logit-normal times, eq. 23 for the shift."""
-        steps, shift = self.diffusion.schedule.num_steps, self.config.time_shift
-        t = rng.random(num) if self.config.time_sampling == "uniform" else 1 / (1 + np.exp(-rng.standard_normal(num)))
-        t = shift * t / (1 + (shift - 1) * t)
-        return t if steps is None else np.ceil(t * steps).clip(1) / steps
+        """Uniform, or logit-normal with mean 0 and deviation 1 (Stable Diffusion 3, arXiv 2403.03206, eq. 19)."""
+        steps = self.diffusion.schedule.num_steps
+        if self.config.time_sampling == "logit-normal":
+            t = 1 / (1 + np.exp(-rng.standard_normal(num)))
+            return t if steps is None else np.ceil(t * steps) / steps
+        return rng.random(num) if steps is None else (1 + rng.integers(steps, size=num)) / steps
 
     def _moments(self, images: np.ndarray, flipped: np.ndarray) -> Tensor:
         rows = images * self.flips + flipped * (self.flips > 1)

@@ -221,7 +221,10 @@ def check_same_settings(run: RunDir, config: TrainConfig | TrainVaeConfig, datas
     if config.COMMAND not in saved:
         raise ResumeError(f"{run.path} is not of `ditcli {config.COMMAND}`: give another --out.")
     try:
-        before = type(config).from_dict(saved[config.COMMAND]).to_dict() | {"classes": saved["data"]["classes"]}
+        settled = getattr(config, "LEFT_TO_SOURCE", {})  # of a run begun when there were fewer of these
+        before = type(config).from_dict(settled | saved[config.COMMAND]).to_dict() | {
+            "classes": saved["data"]["classes"]
+        }
         fingerprint = saved["data"]["fingerprint"]
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{run.config_file} is not understood by this version: {error}") from error
