@@ -103,6 +103,16 @@ def test_a_tuned_model_begins_as_its_source(source, data, tmp_path):
     assert (saved["schedule"], saved["prediction"], saved["image_size"], saved["depth"]) == ("cosine", "v", 8, 2)
 
 
+def test_a_run_of_a_version_with_fewer_parts_goes_on(source, data, tmp_path):
+    run = tune(source, data, tmp_path / "run", steps=1)
+    saved = json.loads(run.config_file.read_text())
+    for name in ("mlp", "rope", "qk_norm"):
+        del saved["train"][name]
+        del saved["model"]["dit"][name]
+    run.config_file.write_text(json.dumps(saved))
+    assert tune(source, data, tmp_path / "run", steps=2).saved_steps()[-1] == 2
+
+
 def test_the_same_classes_keep_their_label_table(source, data, tmp_path):
     same = pictures(tmp_path / "same", "a", "b", "c")
     run = tune(source, same, tmp_path / "run", lr=1e-30, steps=1)
