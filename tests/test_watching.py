@@ -145,7 +145,7 @@ def test_lr_auto_is_a_run_with_the_rate_that_is_found_and_goes_on_with_it(tmp_pa
     monkeypatch.chdir(tmp_path)
     decisive = {key: value for key, value in TINY.items() if key not in ("pixels", *FindLrConfig.WITHOUT_EFFECT)}
     words = [f"--{key.replace('_', '-')}={value}" for key, value in decisive.items()]
-    monkeypatch.setattr(sys, "argv", ["ditcli", "find-lr", "--pixels", *words])
+    monkeypatch.setattr(sys, "argv", ["ditcli", "find-lr", "--preset", "paper", "--pixels", *words])
     with pytest.raises(SystemExit) as stop:
         main.run()
     told = capsys.readouterr()
