@@ -81,6 +81,8 @@ def test_every_script_has_the_options_that_are_given_to_it():
     for line in re.findall(r"python scripts/[^`\n]+", README.replace("\\\n", " ")):
         _, script, *words = shlex.split(line)
         source = (ROOT / script).read_text()
+        beside = [(ROOT / script).with_name(f"{name}.py") for name in re.findall(r"^from (\w+) import", source, re.M)]
+        source += "".join(path.read_text() for path in beside if path.is_file())
         for word in words:
             assert not word.startswith("--") or f'"{word}"' in source, f"{word} of {line}"
 
@@ -104,7 +106,7 @@ def test_what_is_named_in_passing_exists():
         known |= {word for parameter in command.params for word in (*parameter.opts, *parameter.secondary_opts)}
     prose = re.sub(r"`(?:pip|bash|python|torchrun)[^`]*`", "", README.replace("\n", " "))
     for code in re.findall(r"`([^`]+)`", prose):
-        for word in re.findall(r"(?<![\w-])--[a-z][a-z-]+", code):
+        for word in re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", code):
             assert word in known or "/" in code, f"{word} in `{code}`"
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", README) + re.findall(r"\b(?:scripts|ditcli)/[\w./]+\w", README):
         assert (ROOT / target).exists(), target
