@@ -213,6 +213,10 @@ def train_seed(bench: Bench, results: Results, seed: int) -> None:
     paper = next((run for run in runs if run.name == "paper"), None)
     finished = results.find("paper", seed, 1.0)
 
+    def limit() -> float:
+        """The clock of paper's whole run, or of what there is of it."""
+        return finished["seconds"] if finished else paper.state.seconds
+
     def score(run: Run, at: float | str) -> None:
         if not results.find(run.name, seed, at):
             found = {"images": run.images, "seconds": run.state.seconds, **bench.score(run)}
@@ -234,14 +238,13 @@ def train_seed(bench: Bench, results: Results, seed: int) -> None:
                 if run is paper or run.name not in timed:
                     train(run, min(turn / TURNS, 1.0), math.inf)
                 else:  # the others never pass the clock of paper's whole run, which comes first
-                    train(run, turn / TURNS, finished["seconds"] if finished else paper.state.seconds)
+                    train(run, turn / TURNS, limit())
             if turn % SAVE_EVERY == 0:
                 for run in runs:
                     run.save()
         for run in runs:
-            limit = paper.state.seconds if paper else finished["seconds"]
             near = abs(run.images / images - 1) < max(SAME, run.setup.config.batch_size / images)
-            late = run.state.seconds - limit > 2 * CLOCK_EVERY * run.state.seconds / run.state.step
+            late = run.state.seconds - limit() > 2 * CLOCK_EVERY * run.state.seconds / run.state.step
             if run.name in timed and late and not results.find(run.name, seed, "seconds"):
                 raise SettingError(
                     f"{run.setup.run.path} is past the seconds of paper: it cannot be scored at them now."

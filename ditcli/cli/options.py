@@ -143,8 +143,8 @@ def preset_option(presets: dict[str, dict[str, Any]], *, default: str = "") -> C
 
 def words_of(values: dict[str, Any]) -> str:
     """Settings as one would give them: ``--rope --lr 0.002``."""
-    names = {name: f"--{name.replace('_', '-')}" for name in values}
-    return " ".join(names[name] if value is True else f"{names[name]} {value}" for name, value in values.items())
+    words = (f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}") for name, value in values.items())
+    return " ".join(words)
 
 
 def share(devices: int | None, device: str) -> None:

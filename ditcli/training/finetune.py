@@ -49,9 +49,11 @@ def settle(config: TrainConfig, source: Source) -> TrainConfig:
     dit, diffusion = source.model.dit, source.model.diffusion
     theirs: dict[str, Any] = {
         name: getattr(dit, name)
-        for name in ("depth", "width", "num_heads", "patch_size", "mlp_ratio", "conditioning", "conv_widths")
+        for name in (
+            *("depth", "width", "num_heads", "patch_size", "mlp_ratio", "conditioning", "conv_widths"),
+            *("mlp", "rope", "qk_norm"),
+        )
     }
-    theirs |= {name: getattr(dit, name) for name in ("mlp", "rope", "qk_norm")}
     theirs |= {name: getattr(diffusion, name) for name in ("schedule", "num_timesteps", "prediction", "learn_sigma")}
     given = {name: getattr(config, name) for name in theirs} | (config.model_shape() if config.model else {})
     clashes = [
