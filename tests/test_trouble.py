@@ -26,7 +26,7 @@ from ditcli.errors import DitcliError
 from ditcli.models.files import read_tensors
 from ditcli.runs import RunDir, state_file
 from ditcli.training.batches import Batches
-from ditcli.training.loop import run_loop
+from ditcli.training.loop import Loop
 from ditcli.training.metrics import Row, read_metrics, smooth
 from ditcli.training.power_ema import snapshot_file, snapshot_steps
 from ditcli.training.setup import prepare
@@ -75,8 +75,8 @@ class Toy:
         config = TrainConfig.from_dict(TINY | {"steps": 40, "log_every": 4, "checkpoint_every": 8} | changes)
         watcher = Watcher(config, self.run, self.step, active=False)
         with Writer() as writer:
-            parts = {"take_step": self.take_step, "save": self.save, "go_back": self.go_back}
-            run_loop(config, self.run, self, writer, watcher, draw=lambda: None, **parts)
+            parts = {"take_step": self.take_step, "save": self.save, "go_back": self.go_back, "draw": lambda: None}
+            Loop(config=config, run=self.run, state=self, writer=writer, watcher=watcher, **parts).train()
         return read_metrics(self.run.metrics_file)
 
 

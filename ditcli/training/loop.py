@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ from ditcli.memory import used_memory
 from ditcli.progress import progress, say, sparkline
 from ditcli.runs import RunDir
 from ditcli.training.metrics import Row, append_metrics, rewind_metrics, smooth
+from ditcli.training.signals import stop_signals
 from ditcli.training.trouble import ADVICE, MOST_SKIPS_IN_A_ROW, Skips, mean_of_finite, spike
 from ditcli.training.watching import Watcher
 from ditcli.training.writer import Writer
@@ -35,146 +35,169 @@ class State(Protocol):
     losses: list[Tensor]
 
 
-def run_loop(
-    config: TrainConfig | TrainVaeConfig,
-    run: RunDir,
-    state: State,
-    writer: Writer,
-    watcher: Watcher,
-    *,
-    take_step: Callable[[], tuple[Tensor, Tensor]],
-    save: Callable[[], object],
-    draw: Callable[[], object],
-    go_back: Callable[[Path], object],
-    judge: Callable[[list[AnyRow]], bool] = lambda rows: False,
-    row_type: type[AnyRow] = Row,  # type: ignore[assignment]
-    peak_rate: float | None = None,
-) -> None:
-    """Call `take_step`, which gives loss and gradient norm, until `config.steps`; save and draw at their intervals.
+@dataclass(kw_only=True)
+class Loop(Generic[AnyRow]):
+    """Calls `take_step`, which gives loss and gradient norm, until `config.steps`; saves and draws at their intervals.
 
     They are tensors on the device, which is waited for at the intervals alone, or after each step where it is the CPU.
     `peak_rate` are the images/s at which the device would do nothing but the model's operations, where that is known.
     `go_back` makes the state that of a checkpoint, with another order of the data to come, when gradients stay not
     finite. `judge` sees the rows of metrics after every step and says whether it took time that is none of training's.
-    What they give the writer is written when this returns, and what goes wrong there is raised here. The watcher is
-    told of all that a user may want to see. The writer's processes call everything in the same steps. Raises
-    Interrupted after saving on Ctrl-C or SIGTERM to any of them, and DitcliError when gradients stay not finite.
+    The watcher is told of all that a user may want to see. The writer's processes call everything in the same steps.
     """
-    processes = writer.processes
 
-    def rewind(step: int) -> list[AnyRow]:
-        return processes.agree(rewind_metrics(run.metrics_file, step, row_type) if processes.first else [])
+    config: TrainConfig | TrainVaeConfig
+    run: RunDir
+    state: State
+    writer: Writer
+    watcher: Watcher
+    take_step: Callable[[], tuple[Tensor, Tensor]]
+    save: Callable[[], object]
+    draw: Callable[[], object]
+    go_back: Callable[[Path], object]
+    judge: Callable[[list[AnyRow]], bool] = lambda rows: False
+    row_type: type[AnyRow] = Row  # type: ignore[assignment]
+    peak_rate: float | None = None
 
-    rows, unwritten = rewind(state.step), list[AnyRow]()
-    skips, gone_back_to = Skips(), 0
-    began = time.monotonic() - state.seconds
-    interval_began, interval_step = time.monotonic(), state.step
-    saving = False
-    with _stop_signals() as stop, progress("training", config.steps, start=state.step) as advance:
-        while state.step < config.steps:
-            loss, norm = take_step()
-            skips.add(norm)
-            row_is_due = state.step % config.log_every == 0 or state.step == config.steps
-            if row_is_due or norm.device.type == "cpu":
-                skips.read()
-            if skips.in_a_row > MOST_SKIPS_IN_A_ROW:
-                former, failed = _former_step(run, writer, skips, state.step, gone_back_to), state.step
-                go_back(run.checkpoint_file(former))
-                writer.saved = former  # a later one that could not be written is tried again
-                say(
-                    f"The gradient was not finite {skips.in_a_row} times in a row up to step {failed:,}: going back to "
-                    f"step {former:,}, and on with the data in another order."
-                )
-                rows, gone_back_to, skips = rewind(former), former, Skips()
-                unwritten.clear()
-                saving = False
-                began = time.monotonic() - state.seconds
-                interval_began, interval_step = time.monotonic(), former
-                advance(former - failed + 1, "")
-                continue
-            state.seconds = time.monotonic() - began
+    def train(self) -> None:
+        """What the writer was given is written when this returns, and what goes wrong there is raised here.
 
-            if row_is_due:
-                now = time.monotonic()
-                rate = (state.step - interval_step) * config.batch_size / (now - interval_began)
-                interval_began, interval_step = now, state.step
-                mean, *others = mean_of_finite(state.losses)
-                row = row_type(
-                    step=state.step,
-                    loss=mean,
-                    smoothed=smooth([*(row.loss for row in rows), mean])[-1],
-                    lr=learning_rate(config, state.step - 1),
-                    grad_norm=norm.item(),
-                    images_per_second=round(rate, 2),
-                    seconds=round(state.seconds, 2),
-                    memory_gb=round(used_memory(str(state.losses[0].device)) / 1e9, 3),
-                    skipped=skips.since_row,
-                    **row_type.parts(others),
-                )
-                rows.append(row)
-                unwritten += [row] if processes.first else []
-                with writer.telling("metrics.csv", run.path):
-                    while unwritten:
-                        append_metrics(run.metrics_file, unwritten[0])
-                        unwritten.pop(0)
-                watcher.measured(row)
-                state.losses.clear()
-                skips.since_row = 0
-                if jump := spike(rows):
-                    say(f"Note: the loss rose to {mean:.4g} at step {state.step:,}, {jump:.1f} times what it was.")
-            note = ""
-            if not rows and loss.device.type == "cpu":
-                note = f"loss {loss.item():.4f}"
-            elif rows:
-                row = rows[-1]
-                trend = sparkline([row.smoothed or row.loss for row in rows[-50:]]) or f" lr {row.lr:.2g} "
-                note = f"loss {row.loss:.4f} {trend} {row.images_per_second:.1f} images/s"
-            if rows and peak_rate:
-                note += f"  {rows[-1].images_per_second / peak_rate:.0%} MFU"
-            advance(1, note)
+        Raises Interrupted after saving on Ctrl-C or SIGTERM to any of the processes, and DitcliError when gradients
+        stay not finite.
+        """
+        config, state, writer = self.config, self.state, self.writer
+        alone = writer.processes.num == 1
+        self._gone_back_to = 0
+        self._begin()
+        with stop_signals() as stop, progress("training", config.steps, start=state.step) as advance:
+            while state.step < config.steps:
+                loss, norm = self.take_step()
+                if self._skips_too_many(norm):
+                    failed = state.step
+                    self._go_back()
+                    advance(state.step - failed + 1, "")
+                    continue
+                state.seconds = time.monotonic() - self._began
+                if self._row_is_due():
+                    self._measure(norm)
+                advance(1, self._note(loss))
+                writer.check()
+                stopping = writer.processes.any(stop.received)
+                self._save_where_due(stopping)
+                if alone:
+                    stop.may_leave(self._show)
+                elif not stopping:  # one that left would leave the others waiting
+                    self._show()
+                if (stopping or (alone and stop.received)) and not self._is_last():
+                    self.save()
+                    writer.finish()
+                    raise Interrupted(
+                        f"stopped at step {state.step:,} and saved; to go on, run the same command again."
+                    )
+            writer.finish()
 
-            writer.check()
-            last = state.step == config.steps
-            if state.step % config.checkpoint_every == 0:
-                skips.read()
-                saving = True
-            stopping = processes.any(stop.received)
-            if (saving and not skips.in_a_row) or last or stopping:
-                save()  # but not what may have to be gone back from
-                saving = False
-                watcher.saved()
-            try:  # pictures and scores may take minutes, and change nothing that is learnt
-                if processes.num == 1:
-                    stop.leave_at_once()
-                elif stopping:  # later they could only leave each other waiting
-                    raise _StopNow
-                if config.sample_every and (state.step % config.sample_every == 0 or last):
-                    with writer.telling("a picture", run.samples):
-                        draw()
-                    watcher.drawn(state.step)
-                    interval_began, interval_step = time.monotonic(), state.step
-                if judge(rows):
-                    interval_began, interval_step = time.monotonic(), state.step
-                stop.leaving = False
-            except _StopNow:
-                stop.leaving = False
-            if (stopping or (processes.num == 1 and stop.received)) and not last:
-                save()
-                writer.finish()
-                raise Interrupted(f"stopped at step {state.step:,} and saved; to go on, run the same command again.")
-        writer.finish()
+    def _begin(self) -> None:
+        """Set out from the state's step: rows of metrics after it will be written again."""
+        step, processes = self.state.step, self.writer.processes
+        self._rows: list[AnyRow] = processes.agree(
+            rewind_metrics(self.run.metrics_file, step, self.row_type) if processes.first else []
+        )
+        self._unwritten: list[AnyRow] = []
+        self._skips, self._is_saving = Skips(), False
+        self._began = time.monotonic() - self.state.seconds
+        self._begin_interval()
 
+    def _begin_interval(self) -> None:
+        self._interval_began, self._interval_step = time.monotonic(), self.state.step
 
-def _former_step(run: RunDir, writer: Writer, skips: Skips, step: int, gone_back_to: int) -> int:
-    """The step of the last checkpoint; DitcliError where there is none, or none since the run last went back."""
-    writer.wait()
-    former = writer.processes.agree((run.saved_steps() or [0])[-1])
-    if former > gone_back_to:
-        return former
-    again = f", as before from the checkpoint of step {former:,}," if former else ""
-    raise DitcliError(
-        f"the gradient was not finite {skips.in_a_row} times in a row{again} up to step {step:,}. {ADVICE}"
-    )
+    def _is_last(self) -> bool:
+        return self.state.step == self.config.steps
+
+    def _row_is_due(self) -> bool:
+        return self.state.step % self.config.log_every == 0 or self._is_last()
+
+    def _skips_too_many(self, norm: Tensor) -> bool:
+        self._skips.add(norm)
+        if self._row_is_due() or norm.device.type == "cpu":
+            self._skips.read()
+        return self._skips.in_a_row > MOST_SKIPS_IN_A_ROW
+
+    def _go_back(self) -> None:
+        """To the last checkpoint; DitcliError where there is none, or none since the run last went back."""
+        self.writer.wait()
+        step = self.state.step
+        former = self.writer.processes.agree((self.run.saved_steps() or [0])[-1])
+        failed = f"the gradient was not finite {self._skips.in_a_row} times in a row"
+        if former <= self._gone_back_to:
+            again = f", as before from the checkpoint of step {former:,}," if former else ""
+            raise DitcliError(f"{failed}{again} up to step {step:,}. {ADVICE}")
+        self.go_back(self.run.checkpoint_file(former))
+        self.writer.saved = former  # a later one that could not be written is tried again
+        going = f"going back to step {former:,}, and on with the data in another order."
+        say(f"{failed[0].upper()}{failed[1:]} up to step {step:,}: {going}")
+        self._gone_back_to = former
+        self._begin()
+
+    def _measure(self, norm: Tensor) -> None:
+        """Add a row of metrics: the means over the interval that ends here."""
+        config, state, rows = self.config, self.state, self._rows
+        seconds = time.monotonic() - self._interval_began
+        rate = (state.step - self._interval_step) * config.batch_size / seconds
+        self._begin_interval()
+        mean, *others = mean_of_finite(state.losses)
+        row = self.row_type(
+            step=state.step,
+            loss=mean,
+            smoothed=smooth([*(row.loss for row in rows), mean])[-1],
+            lr=learning_rate(config, state.step - 1),
+            grad_norm=norm.item(),
+            images_per_second=round(rate, 2),
+            seconds=round(state.seconds, 2),
+            memory_gb=round(used_memory(str(state.losses[0].device)) / 1e9, 3),
+            skipped=self._skips.since_row,
+            **self.row_type.parts(others),
+        )
+        rows.append(row)
+        self._unwritten += [row] if self.writer.processes.first else []
+        with self.writer.telling("metrics.csv", self.run.path):
+            while self._unwritten:
+                append_metrics(self.run.metrics_file, self._unwritten[0])
+                self._unwritten.pop(0)
+        self.watcher.measured(row)
+        state.losses.clear()
+        self._skips.since_row = 0
+        if jump := spike(rows):
+            say(f"Note: the loss rose to {mean:.4g} at step {state.step:,}, {jump:.1f} times what it was.")
+
+    def _note(self, loss: Tensor) -> str:
+        """What stands behind the progress: the last row, or before the first one what costs no waiting."""
+        if not self._rows:
+            return f"loss {loss.item():.4f}" if loss.device.type == "cpu" else ""
+        row = self._rows[-1]
+        trend = sparkline([row.smoothed or row.loss for row in self._rows[-50:]]) or f" lr {row.lr:.2g} "
+        note = f"loss {row.loss:.4f} {trend} {row.images_per_second:.1f} images/s"
+        return note + (f"  {row.images_per_second / self.peak_rate:.0%} MFU" if self.peak_rate else "")
+
+    def _save_where_due(self, stopping: bool) -> None:
+        """At the interval, but no state that may have to be gone back from: then after the next step that is sound."""
+        if self.state.step % self.config.checkpoint_every == 0:
+            self._skips.read()
+            self._is_saving = True
+        if (self._is_saving and not self._skips.in_a_row) or self._is_last() or stopping:
+            self.save()
+            self._is_saving = False
+            self.watcher.saved()
+
+    def _show(self) -> None:
+        """Pictures and scores where they are due, which may take minutes and change nothing that is learnt."""
+        every = self.config.sample_every
+        if every and (self.state.step % every == 0 or self._is_last()):
+            with self.writer.telling("a picture", self.run.samples):
+                self.draw()
+            self.watcher.drawn(self.state.step)
+            self._begin_interval()
+        if self.judge(self._rows):
+            self._begin_interval()
 
 
 def learning_rate(config: TrainConfig | TrainVaeConfig, step: int) -> float:
@@ -200,44 +223,3 @@ def apply_gradients(optimizer: torch.optim.Optimizer, lr: float, clip: float) ->
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm
-
-
-class _StopNow(KeyboardInterrupt):
-    """Leaves what need not be finished."""
-
-
-class _Stop:
-    """Whether the first Ctrl-C or SIGTERM was received."""
-
-    received = False
-    leaving = False
-
-    def leave_at_once(self) -> None:
-        """From here on a signal, also one that came before, raises _StopNow as long as `leaving` is true."""
-        self.leaving = True
-        if self.received:
-            raise _StopNow
-
-    def receive(self) -> None:
-        self.received = True
-        with suppress(RuntimeError):  # the signal came while something was being printed
-            say("\nFinishing the step and saving; once more to stop at once.")
-        if self.leaving:
-            raise _StopNow
-
-
-@contextmanager
-def _stop_signals() -> Iterator[_Stop]:
-    """The first Ctrl-C or SIGTERM is received, the second one has its usual effect."""
-    stop = _Stop()
-
-    def receive(number: int, frame: object) -> None:
-        signal.signal(number, former[signal.Signals(number)])
-        stop.receive()
-
-    former = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)

@@ -28,7 +28,7 @@ from ditcli.training.checkpoints import save_checkpoint
 from ditcli.training.find_lr import try_rates
 from ditcli.training.finetune import unfrozen
 from ditcli.training.loggers import check_loggers
-from ditcli.training.loop import run_loop
+from ditcli.training.loop import Loop
 from ditcli.training.metrics import DiffusionRow, write_metrics
 from ditcli.training.power_ema import forget_snapshots, snapshot_file, write_snapshot
 from ditcli.training.setup import (
@@ -103,12 +103,12 @@ def _train(setup: Setup, writer: Writer) -> None:
         score = open_training_score(config, setup.dataset, diffusion.schedule, setup.device, processes)
     best = BestWeights(run, state.step, writer, score.name if score else None)
     with closing(watch(setup, state.step)) as watcher:
-        run_loop(
-            config,
-            run,
-            state,
-            writer,
-            watcher,
+        Loop(
+            config=config,
+            run=run,
+            state=state,
+            writer=writer,
+            watcher=watcher,
             take_step=Steps(setup, state, batches, diffusion).take,
             save=lambda: _save(setup, state, writer),
             draw=lambda: _draw_grid(setup, state),
@@ -116,7 +116,7 @@ def _train(setup: Setup, writer: Writer) -> None:
             judge=lambda rows: _judge(setup, state, rows, best, score, watcher),
             row_type=DiffusionRow,
             peak_rate=_peak_rate(setup),
-        )
+        ).train()
 
 
 def _peak_rate(setup: Setup) -> float | None:

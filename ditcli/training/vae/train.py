@@ -32,7 +32,7 @@ from ditcli.training.batches import other_order, pick_images
 from ditcli.training.checkpoints import save_checkpoint
 from ditcli.training.ema import ema_decay, update_average
 from ditcli.training.loggers import check_loggers
-from ditcli.training.loop import apply_gradients, learning_rate, run_loop
+from ditcli.training.loop import Loop, apply_gradients, learning_rate
 from ditcli.training.metrics import Measured, Row, append_metrics, rewind_metrics
 from ditcli.training.setup import check_same_settings, default_folder, open_run
 from ditcli.training.vae.discriminator import smallest_image
@@ -99,18 +99,18 @@ def _train(training: VaeTraining) -> None:
     precision = "bf16" if training.dtype == torch.bfloat16 else "fp32"
     say(f"Training {parameters / 1e6:.1f} M parameters on {training.device} in {precision}; run folder {run.path}")
     with closing(Watcher(config, run, state.step)) as watcher:
-        run_loop(
-            config,
-            run,
-            state,
-            training.writer,
-            watcher,
+        Loop(
+            config=config,
+            run=run,
+            state=state,
+            writer=training.writer,
+            watcher=watcher,
             take_step=training.take_step,
             save=training.save,
             draw=training.validate,
             go_back=training.go_back,
             row_type=VaeRow,
-        )
+        ).train()
 
 
 @dataclass
