@@ -85,7 +85,44 @@ def test_out_of_memory_halves_the_micro_batch_aloud_and_keeps_the_step(tmp_path)
     done = subprocess.run([sys.executable, "-c", OUT_OF_MEMORY, *words], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "Out of memory with 2048 images at a time: going on with 1024." in done.stderr
-    rows = [read_metrics(run.metrics_file) for run in (whole, RunDir(tmp_path / "parts"))]
+    assert_same_losses(whole, RunDir(tmp_path / "parts"))
+
+
+# The second of two processes has a memory for 8 images.
+LITTLE_MEMORY = """
+import os, sys, torch
+from ditcli.config import TrainConfig
+from ditcli.training import step
+from ditcli.training.train import train
+loss = step.diffusion_loss
+def loss_of_few(network, diffusion, batch, kind):
+    if os.environ["RANK"] == "1" and len(batch.t) > 8:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    return loss(network, diffusion, batch, kind)
+step.diffusion_loss = loss_of_few
+train(TrainConfig.from_dict(eval(sys.argv[1])))
+"""
+
+
+def test_of_several_processes_what_fits_into_the_smallest_memory_holds_for_all(tmp_path):
+    settings = TINY | {"steps": 3, "batch_size": 64, "log_every": 1}
+    whole, parts = run_tiny(tmp_path / "whole", **settings), RunDir(tmp_path / "parts")
+    (tmp_path / "little_memory.py").write_text(LITTLE_MEMORY)
+    words = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "little_memory.py")]
+    done = subprocess.run(
+        [sys.executable, "-m", *words, repr(settings | {"out": str(parts.path)})],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Out of memory with 32 images at a time in another process: going on with 8." in done.stderr
+    assert_same_losses(whole, parts)
+
+
+def assert_same_losses(first: RunDir, second: RunDir) -> None:
+    rows = [read_metrics(run.metrics_file) for run in (first, second)]
     for one, other in zip(*rows, strict=True):
         assert one.loss == pytest.approx(other.loss, rel=1e-5)
         assert one.grad_norm == pytest.approx(other.grad_norm, rel=1e-4)

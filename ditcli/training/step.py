@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ditcli.devices import give_back_memory, is_out_of_memory
 from ditcli.diffusion.process import Diffusion
@@ -54,6 +55,9 @@ class Steps:
         if self.compiled:
             say("The first step takes longer: the blocks are compiled.")
         self.worked = False
+        self.network: nn.Module = state.model
+        if setup.processes.num > 1 and not config.shard:
+            self._rehearse()
         self.network = replicate(state.model, setup.processes)
 
     def _compiles(self) -> bool:
@@ -78,12 +82,31 @@ class Steps:
     def backward(self, batch: Batch) -> Tensor:
         """Gradients, and what is measured of the loss, (17,).
 
-        Out of memory it begins anew with smaller parts, and where compiling fails, without. Several processes cannot,
-        since each may be at another place of what they exchange: DitcliError says what to do.
+        Out of memory it begins anew with smaller parts, and where compiling fails, without. Several processes cannot
+        any more, since each may be at another place of what they exchange: DitcliError says what to do.
         """
+        processes = self.setup.processes
+        measured = self._within_means(lambda: self._accumulate(batch.split(self.micro_batch)), alone=processes.num == 1)
+        return processes.sum(measured)
+
+    def _rehearse(self) -> None:
+        """Find out what fits and compiles while no process waits for another yet; the least of them holds for all.
+
+        Sharded ones wait for each other in every block.
+        """
+        batch = self.batches[self.state.step]
+        self._within_means(lambda: self._accumulate(batch.split(self.micro_batch)[:1]), alone=True)
+        self.state.optimizer.zero_grad(set_to_none=True)
+        least = min(self.setup.processes.collect(self.micro_batch))
+        if least < self.micro_batch:
+            say(f"Out of memory with {self.micro_batch} images at a time in another process: going on with {least}.")
+        self.micro_batch = least
+
+    def _within_means(self, run: Callable[[], Tensor], *, alone: bool) -> Tensor:
+        """What `run` returns, with parts that fit into memory, and compiled if that works."""
         while True:
             try:
-                measured = self._accumulate(batch.split(self.micro_batch))
+                measured = run()
                 self.worked = True
                 return measured
             except Exception as error:
@@ -91,7 +114,7 @@ class Steps:
                 if not failed_to_compile and not is_out_of_memory(error):
                     raise
                 reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-                if self.setup.processes.num > 1:
+                if not alone:
                     raise DitcliError(self._advice(reason, failed_to_compile)) from error
             # Here and not in the except clause, whose traceback holds what is to be freed.
             self._clear()
@@ -110,7 +133,7 @@ class Steps:
                 # Of several processes the mean of their gradients is taken.
                 (losses.sum() * (processes.num / config.batch_size)).backward()
             measured += by_noise_level(losses.detach(), batch.t) * (len(losses) / config.batch_size)
-        return processes.sum(measured)
+        return measured
 
     def _advice(self, reason: str, failed_to_compile: bool) -> str:
         trouble, cure = (
