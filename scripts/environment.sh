@@ -1,4 +1,4 @@
-# Sourced by the other scripts: `.venv` beside them with the package and the extras named in $1, at the versions the tests ran with.
+# Sourced by the other scripts.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -8,14 +8,15 @@ python=${PYTHON:-python3}
     exit 1
 }
 
+# The package with extras in a virtual environment, at the versions the tests ran with: EXTRAS [FOLDER [PINS]]
 make_environment() {
-    local extras=$1 stamp=.venv/.installed
-    local wanted
-    wanted="$extras $(cat pyproject.toml scripts/constraints.txt | cksum)"
+    local extras=$1 folder=${2:-.venv} pins=${3:-scripts/constraints.txt}
+    local stamp=$folder/.installed wanted
+    wanted="$extras $(cat pyproject.toml "$pins" | cksum)"
     [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ] && return
-    [ -x .venv/bin/python ] || "$python" -m venv .venv
+    [ -x "$folder/bin/python" ] || "$python" -m venv "$folder"
     # torch first and by its exact version, before a range of another package can bring in a newer one.
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check "$(grep '^torch==' scripts/constraints.txt)"
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check -c scripts/constraints.txt -e ".$extras"
+    "$folder/bin/python" -m pip install --quiet --disable-pip-version-check "$(grep '^torch==' "$pins")"
+    "$folder/bin/python" -m pip install --quiet --disable-pip-version-check -c "$pins" -e ".$extras"
     echo "$wanted" >"$stamp"
 }

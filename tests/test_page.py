@@ -1,14 +1,9 @@
-"""`ditcli ui`: the pictures of the page are those of the command line, and a browser clicks through it."""
+"""`ditcli ui`: the pictures of the page are those of the command line (test_browser.py clicks through it)."""
 
 from __future__ import annotations
 
 import importlib.util
-import os
 import shlex
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -74,59 +69,3 @@ def test_without_gradio_it_says_how_to_get_it(capfd, tmp_path, monkeypatch) -> N
     done = ditcli(capfd, "ui", "--model", "run")
     assert (done.code, done.out) == (1, "")
     assert "pip install 'ditcli[ui]'" in done.err
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)  # a browser on a busy machine
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
-def test_a_browser_clicks_through_the_page(tmp_path) -> None:
-    """At desktop and phone width, with nothing asked of any other machine. Screenshots: DITCLI_SCREENSHOTS=FOLDER."""
-    for package in ("gradio", "playwright"):
-        if not importlib.util.find_spec(package):
-            pytest.skip(f"needs {package}")
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    if not chromium:
-        pytest.skip("needs Chromium")
-    from playwright.sync_api import expect, sync_playwright
-
-    make_run(tmp_path / "run")
-    words = [sys.executable, "-m", "ditcli", "ui", "--model", "run", "--device", "cpu"]
-    with (
-        subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process,
-        sync_playwright() as driver,
-    ):
-        try:
-            assert process.stdout is not None
-            address = process.stdout.readline().strip()
-            assert address.startswith("http://127.0.0.1:")
-            flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
-            browser = driver.chromium.launch(executable_path=chromium, args=flags)
-            for width, height in ((1280, 900), (390, 844)):
-                page = browser.new_page(viewport={"width": width, "height": height})
-                page.set_default_timeout(120_000)
-                asked: list[str] = []
-                page.on("request", lambda request, asked=asked: asked.append(request.url))
-                page.goto(address)
-                page.get_by_label("dög").uncheck()
-                page.get_by_label("Seed").fill("7")
-                page.get_by_role("button", name="Draw").click()
-                expect(page.get_by_label("State")).to_have_value("Done.", timeout=120_000)
-                line = page.locator("#command textarea, #command input").input_value()
-                assert "--labels cat --num 1 --cfg 3" in line
-                assert line.endswith("--seed 7")
-                assert page.locator("img[src*=png]").first.evaluate("image => image.naturalWidth") > 0
-                assert page.evaluate("document.documentElement.scrollWidth") <= width
-                keep_screenshot(page, tmp_path, f"ui-{width}.png")
-                elsewhere = [url for url in asked if not url.startswith((address, "data:", "blob:"))]
-                assert elsewhere == []
-                page.get_by_label("cat").uncheck()
-                page.get_by_role("button", name="Draw").click()
-                expect(page.get_by_text("no label is chosen: choose one.")).to_be_visible(timeout=120_000)
-                page.close()
-            browser.close()
-        finally:
-            process.terminate()
-
-
-def keep_screenshot(page, tmp_path: Path, name: str) -> None:
-    page.screenshot(path=Path(os.environ.get("DITCLI_SCREENSHOTS", tmp_path)) / name)
