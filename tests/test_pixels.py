@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from ditcli.config import SampleConfig, TrainConfig
-from ditcli.errors import SettingError
+from ditcli.errors import ResumeError, SettingError
 from ditcli.images import read_image
 from ditcli.runs import read_model_config
 from ditcli.sampling import sample
@@ -91,3 +91,26 @@ def test_digits_are_read_as_what_was_asked_for(shared, tmp_path, monkeypatch):
     assert wrong.returncode == 1
     assert "are wanted" in wrong.stderr
     assert np.mean(list(result["of_each_digit"].values())) == pytest.approx(result["right"], abs=0.01)
+
+
+def test_of_pixels_a_flow_learns_the_picture_unless_told_otherwise():
+    flow = {"data": "x", "schedule": "flow", "image_size": 32}
+    for changes, expected in (
+        ({"pixels": True}, "x0"),
+        ({"pixels": True, "prediction": "flow"}, "flow"),
+        ({}, "flow"),  # latents
+        ({"model": "conv-dit"}, "flow"),
+    ):
+        assert TrainConfig.from_dict(flow | changes).diffusion().prediction == expected
+
+
+def test_a_run_goes_on_with_what_it_predicts(tmp_path):
+    settings = TINY | {"image_size": 28, "patch_size": 4, "schedule": "flow", "out": str(tmp_path / "run")}
+    run = train(TrainConfig(**settings))
+    train(TrainConfig(**settings, prediction="x0"))  # what was left open, said
+    about = json.loads(run.config_file.read_text())
+    about["model"]["diffusion"]["prediction"] = "flow"  # as a version would have left it whose default was another
+    about["train"]["prediction"] = None
+    run.config_file.write_text(json.dumps(about))
+    with pytest.raises(ResumeError, match="prediction: 'flow' there, 'x0' now"):
+        train(TrainConfig(**settings))

@@ -225,10 +225,14 @@ def check_same_settings(run: RunDir, config: TrainConfig | TrainVaeConfig, datas
         before = type(config).from_dict(settled | saved[config.COMMAND]).to_dict() | {
             "classes": saved["data"]["classes"]
         }
+        if isinstance(config, TrainConfig):  # one left open was the default of then
+            before["prediction"] = saved["model"]["diffusion"]["prediction"]
         fingerprint = saved["data"]["fingerprint"]
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{run.config_file} is not understood by this version: {error}") from error
     now = _comparable(config).to_dict() | {"classes": list(dataset.class_names)}
+    if isinstance(config, TrainConfig):
+        now["prediction"] = config.diffusion().prediction
     # The end of a cosine decides every rate on the way.
     free = set(config.RESUMABLE) - ({"steps"} if config.lr_schedule == "cosine" else set())
     changed = [name for name in now if name not in free and now[name] != before[name]]
