@@ -99,8 +99,8 @@ def read_arguments(words: Sequence[str] | None, description: str) -> tuple[argpa
         help="as many images as about so many seconds allow, or as many seconds as the budget names",
     )
     parser.add_argument("--images", type=int, help="of a run")
-    for name in ("image-size", "width", "depth", "num-heads"):
-        parser.add_argument(f"--{name}", type=int)
+    for name in ("--image-size", "--width", "--depth", "--num-heads"):
+        parser.add_argument(name, type=int)
     parser.add_argument("--patch-size", type=int, help="default: 2 of latents, 4 of pixels")
     parser.add_argument("--no-flip", dest="flip", action="store_false", help="pictures have a left and a right")
     parser.add_argument("--most-pictures", type=int, default=12_000, help="of a larger folder these, by their names")
