@@ -94,8 +94,9 @@ def give_back_memory(device: torch.device) -> None:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether an allocation failed: CUDA's error has a type of its own, the CPU's a sentence."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+    """Whether an allocation failed: CUDA's error has a type of its own, torch and oneDNN on a CPU their sentences."""
+    said = ("DefaultCPUAllocator", "could not create a primitive")
+    return isinstance(error, torch.OutOfMemoryError) or any(sentence in str(error) for sentence in said)
 
 
 def choose_dtype(precision: Precision, device: torch.device) -> torch.dtype:

@@ -55,9 +55,7 @@ class Visit:
     def check(self, screenshot: Path) -> None:
         """Nothing is wider than the window, every picture is there, and nobody else was asked for anything."""
         assert self.page.evaluate("document.documentElement.scrollWidth") <= self.width
-        sizes = self.page.locator("img").evaluate_all("images => images.map(image => image.naturalWidth)")
-        assert sizes
-        assert all(sizes)
+        self.page.wait_for_function("document.images.length && [...document.images].every(i => i.naturalWidth)")
         assert [url for url in self.asked if not url.startswith((self.host, "data:", "blob:"))] == []
         assert self.errors == []
         folder = Path(os.environ.get("DITCLI_SCREENSHOTS", screenshot.parent))

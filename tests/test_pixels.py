@@ -104,7 +104,7 @@ def test_of_pixels_a_flow_learns_the_picture_unless_told_otherwise():
         assert TrainConfig.from_dict(flow | changes).diffusion().prediction == expected
 
 
-def test_a_run_goes_on_with_what_it_predicts(tmp_path):
+def test_a_run_of_another_prediction_is_refused_until_that_is_given(tmp_path):
     settings = TINY | {"image_size": 28, "patch_size": 4, "schedule": "flow", "out": str(tmp_path / "run")}
     run = train(TrainConfig(**settings))
     train(TrainConfig(**settings, prediction="x0"))  # what was left open, said
@@ -114,3 +114,4 @@ def test_a_run_goes_on_with_what_it_predicts(tmp_path):
     run.config_file.write_text(json.dumps(about))
     with pytest.raises(ResumeError, match="prediction: 'flow' there, 'x0' now"):
         train(TrainConfig(**settings))
+    train(TrainConfig(**settings, prediction="flow"))

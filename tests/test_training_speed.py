@@ -79,45 +79,61 @@ train(TrainConfig.from_dict(settings | {"out": out}))
 
 
 def test_out_of_memory_halves_the_micro_batch_aloud_and_keeps_the_step(tmp_path):
-    settings = TINY | {"steps": 2, "batch_size": 2048, "log_every": 1}
+    settings = TINY | {"steps": 2, "batch_size": 6144, "log_every": 1}
     whole = run_tiny(tmp_path / "whole", **settings)
-    words = [repr(settings), str(tmp_path / "parts"), str(350_000_000)]
+    words = [repr(settings), str(tmp_path / "parts"), str(800_000_000)]
     done = subprocess.run([sys.executable, "-c", OUT_OF_MEMORY, *words], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "Out of memory with 2048 images at a time: going on with 1024." in done.stderr
+    assert "Out of memory with 6144 images at a time: going on with 3072." in done.stderr
     assert_same_losses(whole, RunDir(tmp_path / "parts"))
 
 
-# The second of two processes has a memory for 8 images.
+# The second of two processes has memory for so many images; each tells how many it took at a time.
 LITTLE_MEMORY = """
 import os, sys, torch
+from pathlib import Path
 from ditcli.config import TrainConfig
 from ditcli.training import step
 from ditcli.training.train import train
+settings, most, folder = eval(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
 loss = step.diffusion_loss
 def loss_of_few(network, diffusion, batch, kind):
-    if os.environ["RANK"] == "1" and len(batch.t) > 8:
+    with (folder / os.environ["RANK"]).open("a") as taken:
+        print(len(batch.t), file=taken)
+    if os.environ["RANK"] == "1" and len(batch.t) > most:
         raise torch.OutOfMemoryError("CUDA out of memory.")
     return loss(network, diffusion, batch, kind)
 step.diffusion_loss = loss_of_few
-train(TrainConfig.from_dict(eval(sys.argv[1])))
+train(TrainConfig.from_dict(settings))
 """
 
 
-def test_of_several_processes_what_fits_into_the_smallest_memory_holds_for_all(tmp_path):
-    settings = TINY | {"steps": 3, "batch_size": 64, "log_every": 1}
+@pytest.mark.parametrize(
+    ("batch_size", "most", "first", "second"),
+    [
+        (64, 8, [32, *[8] * 12], [32, 16, 8, *[8] * 12]),
+        (15, 99, [7] * 4, [8] * 4),  # no process takes another's smaller part for a limit
+    ],
+)
+def test_what_fits_into_the_smallest_memory_of_several_processes_holds_for_all(
+    tmp_path, batch_size, most, first, second
+):
+    settings = TINY | {"steps": 3, "batch_size": batch_size, "log_every": 1}
     whole, parts = run_tiny(tmp_path / "whole", **settings), RunDir(tmp_path / "parts")
-    (tmp_path / "little_memory.py").write_text(LITTLE_MEMORY)
-    words = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "little_memory.py")]
+    script = tmp_path / "little_memory.py"
+    script.write_text(LITTLE_MEMORY)
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     done = subprocess.run(
-        [sys.executable, "-m", *words, repr(settings | {"out": str(parts.path)})],
+        [sys.executable, "-m", *launcher, repr(settings | {"out": str(parts.path)}), str(most), str(tmp_path)],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "Out of memory with 32 images at a time in another process: going on with 8." in done.stderr
+    told = "Out of memory with 32 images at a time in another process: going on with 8."
+    assert (told in done.stderr) == (most == 8)
+    assert [[int(n) for n in (tmp_path / rank).read_text().split()] for rank in "01"] == [first, second]
     assert_same_losses(whole, parts)
 
 

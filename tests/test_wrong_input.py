@@ -33,7 +33,7 @@ RIGHT = {
     "train": "--data pictures --pixels --image-size 8 --model DiT-S/4 --width 32 --depth 1 --num-heads 2 "
     "--batch-size 2 --steps 1 --sample-every 0 --device cpu --precision fp32 --out out",
     "find-lr": "--data pictures --pixels --image-size 8 --model DiT-S/4 --width 32 --depth 1 --num-heads 2 "
-    "--batch-size 2 --device cpu --precision fp32 --num-rates 10 --out out.png",
+    "--prediction flow --batch-size 2 --device cpu --precision fp32 --num-rates 10 --out out.png",
     "sample": "--model model --steps 1 --device cpu --out out",
     "export-onnx": "--model model --out out",
     "fid": "--real pictures --fake pictures --features mean.onnx --metrics fid --device cpu --save-stats out.npz",

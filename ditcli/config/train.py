@@ -71,7 +71,7 @@ class TrainConfig(Config):
     num_timesteps: int = option(None, "Steps of the noise schedule.  [default: 1000]")
     prediction: Prediction | None = option(
         None,
-        "What the network predicts.  [default: eps; with --schedule flow the flow, of pixels x0]",
+        "What the network predicts.  [default: eps; with --schedule flow the flow, or x0 for a DiT of pixels]",
         choices=Prediction,
     )
     learn_sigma: bool | None = option(
@@ -238,7 +238,8 @@ class TrainConfig(Config):
 
     def diffusion(self) -> DiffusionConfig:
         """The noising process, with what was left open settled."""
-        # Pictures lie near a manifold of few dimensions; noise does not, nor do velocities (arXiv 2511.13720).
+        # Pictures lie near a manifold of few dimensions; noise does not, nor do velocities (arXiv 2511.13720). What
+        # conv-dit's convolutions and skips make of that was not measured.
         flow: Prediction = "x0" if self.pixels and not self.is_conv else "flow"
         prediction = self.prediction or (flow if self.schedule == "flow" else "eps")
         learn_sigma = self.learn_sigma

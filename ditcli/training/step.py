@@ -40,7 +40,7 @@ class Steps:
             fitting = fitting_micro_batch(
                 setup.model.dit, self.size, device=str(setup.device), reserved=reserved, **kinds
             )
-            self.micro_batch = min(setup.processes.collect(fitting))
+            self.micro_batch = self._least(fitting, self.size)
             if self.micro_batch < self.size:
                 say(f"Micro-batches of {self.micro_batch} images fit into memory.")
         else:
@@ -90,17 +90,33 @@ class Steps:
         return processes.sum(measured)
 
     def _rehearse(self) -> None:
-        """Find out what fits and compiles while no process waits for another yet; the least of them holds for all.
+        """Find out what fits and compiles while no process waits for another yet; the least room holds for all.
 
-        Sharded ones wait for each other in every block.
+        Beside it lies memory for what the steps hold too: gradients, and AdamW's moments where there are none yet.
+        Sharded processes wait for each other in every block.
         """
-        batch = self.batches[self.state.step]
-        self._within_means(lambda: self._accumulate(batch.split(self.micro_batch)[:1]), alone=True)
-        self.state.optimizer.zero_grad(set_to_none=True)
-        least = min(self.setup.processes.collect(self.micro_batch))
-        if least < self.micro_batch:
-            say(f"Out of memory with {self.micro_batch} images at a time in another process: going on with {least}.")
-        self.micro_batch = least
+        state, former = self.state, self.micro_batch
+        reserved = (4 if state.optimizer.state else 12) * sum(p.numel() for p in unfrozen(state.model))
+        batch = self.batches[state.step]
+
+        def first_part() -> Tensor:
+            beside = torch.empty(reserved, dtype=torch.uint8, device=self.setup.device)
+            measured = self._accumulate(batch.split(self.micro_batch)[:1])
+            del beside
+            return measured
+
+        self._within_means(first_part, alone=True)
+        state.optimizer.zero_grad(set_to_none=True)
+        self.worked = False  # the exchange is still to be tried
+        fitting = self.micro_batch
+        self.micro_batch = self._least(fitting, former)
+        if self.micro_batch < fitting:
+            say(f"Out of memory with {fitting} images at a time in another process: going on with {self.micro_batch}.")
+
+    def _least(self, fitting: int, wanted: int) -> int:
+        """The least of what fits into the processes' memories; one that has what it wanted limits no other."""
+        limit = fitting if fitting < wanted else self.setup.config.batch_size
+        return min(fitting, *self.setup.processes.collect(limit))
 
     def _within_means(self, run: Callable[[], Tensor], *, alone: bool) -> Tensor:
         """What `run` returns, with parts that fit into memory, and compiled if that works."""
