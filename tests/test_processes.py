@@ -299,3 +299,14 @@ def test_what_the_processes_cannot_share_is_refused(monkeypatch):
         share(4, "cpu")
     share(2, "cpu")  # the same, in each of them
     assert open_device("cpu").index is None
+
+
+def test_one_of_several_ends_without_the_interpreters_end():
+    """In which threads of torch's may abort it."""
+    code = "import ditcli.processes as p; print('said', end=''); p.leave(3); print(', and on', end='')"
+    several = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
+    for environment, expected in ((several, (3, "said")), ({}, (0, "said, and on"))):
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, check=False
+        )
+        assert (done.returncode, done.stdout) == expected

@@ -114,6 +114,14 @@ def cli() -> None:
 
 def run() -> None:
     """Entry point. Exit codes: 0 done, 1 failed, 2 used wrongly, 130 interrupted. DITCLI_DEBUG=1 shows tracebacks."""
+    try:
+        _run()
+    except SystemExit as end:
+        processes.leave(end.code if isinstance(end.code, int) else int(end.code is not None))
+        raise
+
+
+def _run() -> None:
     if "_DITCLI_COMPLETE" in os.environ:  # a shell asks what Tab may offer
         importlib.import_module("ditcli.cli.complete").register()
     if not processes.is_first():
