@@ -31,7 +31,8 @@ class Steps:
     def __init__(self, setup: Setup, state: TrainState, batches: Batches, diffusion: Diffusion):
         self.setup, self.state, self.batches, self.diffusion = setup, state, batches, diffusion
         config, self.size = setup.config, len(setup.processes.part(setup.config.batch_size))
-        reserved = 12 * sum(p.numel() for p in unfrozen(state.model))  # gradients and AdamW's two moments
+        trained = sum(p.numel() for p in unfrozen(state.model))
+        reserved = 12 * trained  # gradients and AdamW's two moments
         kinds: dict[str, Any] = {
             "bytes_per_number": setup.dtype.itemsize,
             "checkpointed": config.checkpoint_activations,
@@ -57,7 +58,7 @@ class Steps:
         self.worked = False
         self.network: nn.Module = state.model
         if setup.processes.num > 1 and not config.shard:
-            self._rehearse()
+            self._rehearse(trained)
         self.network = replicate(state.model, setup.processes)
 
     def _compiles(self) -> bool:
@@ -89,14 +90,14 @@ class Steps:
         measured = self._within_means(lambda: self._accumulate(batch.split(self.micro_batch)), alone=processes.num == 1)
         return processes.sum(measured)
 
-    def _rehearse(self) -> None:
+    def _rehearse(self, trained: int) -> None:
         """Find out what fits and compiles while no process waits for another yet; the least room holds for all.
 
-        Beside it lies memory for what the steps hold too: gradients, and AdamW's moments where there are none yet.
+        Beside it lies memory for what steps hold of `trained` weights: gradients, and moments where there are none yet.
         Sharded processes wait for each other in every block.
         """
         state, former = self.state, self.micro_batch
-        reserved = (4 if state.optimizer.state else 12) * sum(p.numel() for p in unfrozen(state.model))
+        reserved = (4 if state.optimizer.state else 12) * trained
         batch = self.batches[state.step]
 
         def first_part() -> Tensor:
